@@ -1,0 +1,75 @@
+"""Where everything lives in the artifact store. Paths are derived from what they hold, never made up."""
+
+from __future__ import annotations
+
+import re
+
+from services.contracts.checkpoints import MANIFEST_NAME
+
+
+def run_file(run: str) -> str:
+    """`run.json` of a run."""
+    return f"runs/{run}/run.json"
+
+
+def control_file(run: str) -> str:
+    """`control.json` of a run."""
+    return f"runs/{run}/control.json"
+
+
+def iteration_folder(run: str, iteration: int) -> str:
+    """Folder of one iteration."""
+    return f"runs/{run}/iter-{iteration}"
+
+
+def prompts_file(run: str, iteration: int) -> str:
+    """The prompts an iteration drew."""
+    return f"{iteration_folder(run, iteration)}/prompts.parquet"
+
+
+def heldout_file(run: str) -> str:
+    """The run's held-out prompts, fixed when the run is created."""
+    return f"runs/{run}/heldout.parquet"
+
+
+def pool_file(run: str) -> str:
+    """The run's whole prompt pool, normalised to messages."""
+    return f"runs/{run}/pool.parquet"
+
+
+def rollouts_file(run: str, iteration: int, chunk: int, *, evaluation: bool = False) -> str:
+    """One chunk of rollouts, of sampling or of evaluation."""
+    part = "evaluation/rollouts" if evaluation else "rollouts"
+    return f"{iteration_folder(run, iteration)}/{part}/{chunk:05d}.parquet"
+
+
+def scores_file(run: str, iteration: int, chunk: int, *, evaluation: bool = False) -> str:
+    """One chunk of scores, beside its rollouts."""
+    part = "evaluation/scores" if evaluation else "scores"
+    return f"{iteration_folder(run, iteration)}/{part}/{chunk:05d}.parquet"
+
+
+def pairs_file(run: str, iteration: int) -> str:
+    """The iteration's preference pairs."""
+    return f"{iteration_folder(run, iteration)}/pairs.parquet"
+
+
+def checkpoint_folder(run: str, iteration: int) -> str:
+    """The iteration's trained policy."""
+    return f"{iteration_folder(run, iteration)}/checkpoint"
+
+
+def iteration_file(run: str, iteration: int) -> str:
+    """The iteration's record."""
+    return f"{iteration_folder(run, iteration)}/iteration.json"
+
+
+def manifest_file(folder: str) -> str:
+    """Manifest of a checkpoint folder."""
+    return f"{folder}/{MANIFEST_NAME}"
+
+
+def version_of(folder: str) -> str:
+    """Policy version of a checkpoint folder: `runs/r/iter-2/checkpoint` -> `r/iter-2`; `models/sft` -> `models/sft`."""
+    match = re.fullmatch(r"runs/([^/]+)/(iter-\d+)/checkpoint", folder)
+    return f"{match[1]}/{match[2]}" if match else folder

@@ -1,0 +1,70 @@
+"""Preference pairs and the reasons for which a prompt gives none."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from services.contracts.conversations import Message
+from services.contracts.model import Contract, TokenIds
+
+PairRuleName = Literal["best_worst", "best_second", "best_random", "random"]
+
+
+class DropReason(StrEnum):
+    """Why a prompt or a response did not become part of a pair. Every drop is counted under one of these."""
+
+    GENERATION_FAILED = "generation_failed"
+    RESPONSE_TRUNCATED = "response_truncated"
+    RESPONSE_EMPTY = "response_empty"
+    TOO_FEW_RESPONSES = "too_few_responses"
+    IDENTICAL_TOKENS = "identical_tokens"
+    TIE = "tie"
+    BELOW_MARGIN = "below_margin"
+
+
+class LengthPenalty(Contract):
+    """r'(x, a) = r(x, a) - weight * |a| (Dong et al. 2024, section 3.3; the paper's concise model: 0.001 per character).
+
+    Applied before selection, and the pair keeps the orientation that the penalised rewards give.
+    """
+
+    weight: float = Field(ge=0.0)
+    unit: Literal["characters", "tokens"] = "characters"
+
+
+class PairRules(Contract):
+    """How pairs are made from scored rollouts."""
+
+    rule: PairRuleName = "best_worst"
+    length_penalty: LengthPenalty | None = None
+    min_margin: float = Field(default=0.0, ge=0.0, description="Pairs whose (penalised) margin is not above it are dropped.")
+    drop_truncated: bool = Field(default=True, description="Drop responses that ended by length, not by an end token.")
+
+
+class Pair(Contract):
+    """One row of `pairs.parquet`: TRL's conversational preference columns plus the exact token ids and the lineage."""
+
+    prompt_id: str
+    prompt: tuple[Message, ...]
+    chosen: tuple[Message, ...]
+    rejected: tuple[Message, ...]
+    prompt_ids: TokenIds
+    chosen_ids: TokenIds
+    rejected_ids: TokenIds
+    chosen_reward: float = Field(description="Raw reward of the chosen response.")
+    rejected_reward: float
+    margin: float = Field(gt=0.0, description="Difference of the (penalised) rewards by which the pair was oriented.")
+    chosen_index: int
+    rejected_index: int
+    policy_version: str
+    scorer: str
+    scorer_revision: str
+
+    @model_validator(mode="after")
+    def _differs(self) -> Self:
+        if self.chosen_ids == self.rejected_ids:
+            raise ValueError(f"prompt {self.prompt_id!r}: chosen and rejected are the same token ids")
+        return self

@@ -1,0 +1,44 @@
+"""Settings every service has. Each service adds its own; all come from the environment, none has a default secret."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MIN_TOKEN_CHARACTERS = 16
+"""A shorter token is guessable; `ratchet up` makes one of 43 characters."""
+
+
+class ServiceSettings(BaseSettings):
+    """Settings common to the four services. Variables are prefixed `RATCHET_`; unknown ones are not read."""
+
+    model_config = SettingsConfigDict(env_prefix="RATCHET_", extra="ignore", frozen=True)
+
+    token: SecretStr = Field(description="Bearer token of the control routes. There is no default: set RATCHET_TOKEN.")
+    store_url: str = Field(description="Artifact store: a folder, or an fsspec URL such as s3://bucket/ratchet.")
+    redis_url: str = Field(default="redis://127.0.0.1:6379/0")
+    host: str = Field(default="127.0.0.1", description="Address the service listens on.")
+    port: int = Field(default=0, ge=0, le=65535)
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["json", "console"] = "json"
+    shutdown_grace_seconds: int = Field(
+        default=10, ge=1, description="Open connections get this long after SIGTERM; endless streams end at once."
+    )
+
+    @field_validator("token")
+    @classmethod
+    def _long_enough(cls, value: SecretStr) -> SecretStr:
+        if len(value.get_secret_value()) < MIN_TOKEN_CHARACTERS:
+            raise ValueError(
+                f"RATCHET_TOKEN must have at least {MIN_TOKEN_CHARACTERS} characters; make one with: "
+                "python3 -c 'import secrets; print(secrets.token_urlsafe(32))'"
+            )
+        return value
+
+    @field_validator("store_url")
+    @classmethod
+    def _absolute(cls, value: str) -> str:
+        return value if "://" in value else str(Path(value).resolve())
