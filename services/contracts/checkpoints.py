@@ -31,7 +31,9 @@ class LogprobProbe(Contract):
     @model_validator(mode="after")
     def _aligned(self) -> Self:
         if len(self.logprobs) != len(self.token_ids) - 1:
-            raise ValueError(f"{len(self.token_ids)} tokens need {len(self.token_ids) - 1} log-probs, not {len(self.logprobs)}")
+            raise ValueError(
+                f"{len(self.token_ids)} tokens need {len(self.token_ids) - 1} log-probs, not {len(self.logprobs)}"
+            )
         return self
 
 
@@ -59,7 +61,9 @@ class Manifest(Contract):
     version: str = Field(description="Unique name of these weights: `{run}/iter-{t}`, or `models/{name}`.")
     architecture: str = Field(description="`architectures[0]` of config.json, e.g. LlamaForCausalLM.")
     config_hash: str = Field(description="SHA-256 of the shape-giving part of config.json; equal for swappable models.")
-    tokenizer_hash: str = Field(description="SHA-256 over the tokenizer's vocabulary, special tokens and chat template.")
+    tokenizer_hash: str = Field(
+        description="SHA-256 over the tokenizer's vocabulary, special tokens and chat template."
+    )
     dtype: str = Field(description="dtype of the stored weights, e.g. float32.")
     parameters: int
     tied_embeddings: bool
@@ -91,5 +95,7 @@ class PolicyInfo(Contract):
     engine_pid: int | None = None
     swaps: int = 0
     last_swap_seconds: float | None = Field(default=None, description="Gate closed until gate open, seconds.")
-    proof_deviation: float | None = Field(default=None, description="Largest |log-prob - manifest| of the last proof, nats.")
+    proof_deviation: float | None = Field(
+        default=None, description="Largest |log-prob - manifest| of the last proof, nats."
+    )
     detail: str | None = Field(default=None, description="Why the state is `starting`, `failed` or `swapping`.")

@@ -70,7 +70,7 @@ class PolicyMismatch(Conflict):
 
 
 class CheckpointRefused(RatchetError):
-    """A checkpoint was refused before any engine saw it (no manifest, wrong hash, pickle files, other architecture, …)."""
+    """A checkpoint was refused before any engine saw it (no manifest, wrong hash, pickles, other architecture, …)."""
 
     status, code, title = 422, "checkpoint-refused", "Checkpoint refused"
 
@@ -100,7 +100,7 @@ class Unavailable(RatchetError):
 
 
 class ConnectionLost(Unavailable):
-    """The connection broke after the request was sent; whether it took effect is unknown, so it is not repeated blindly."""
+    """The connection broke after the request was sent. Whether it took effect is unknown: it is not repeated blindly."""
 
     code, title, retryable = "connection-lost", "Connection lost", True
 
@@ -118,7 +118,7 @@ class UpstreamFailed(RatchetError):
 
 
 class StoreError(RatchetError):
-    """The artifact store refused or lost something (path outside, folder without manifest, hash mismatch, disk full)."""
+    """The artifact store refused or lost something (path outside, folder without manifest, wrong hash, disk full)."""
 
     status, code, title = 500, "store", "Artifact store error"
 

@@ -30,7 +30,9 @@ class JobRequest(Contract):
     """What is enqueued. The id says what the job does, so enqueueing it twice is one job."""
 
     id: str = Field(min_length=1, max_length=300, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")
-    queue: str = Field(pattern=r"^[a-z][a-z0-9-]*$", description="Which workers take it: `generate`, `score`, `control`, `train`.")
+    queue: str = Field(
+        pattern=r"^[a-z][a-z0-9-]*$", description="Which workers take it: `generate`, `score`, `control`, `train`."
+    )
     kind: str
     payload: dict[str, Any] = Field(description="JSON of the kind's own contract; validated by the handler.")
     topic: str = Field(description="Event stream its progress goes to: the run's id, or the job's own.")
@@ -64,7 +66,9 @@ class Event(Contract):
 
     id: str
     at: float
-    type: str = Field(description="`job.queued`, `job.started`, `job.progress`, `job.succeeded`, `job.failed`, `run.*`, …")
+    type: str = Field(
+        description="`job.queued`, `job.started`, `job.progress`, `job.succeeded`, `job.failed`, `run.*`, …"
+    )
     topic: str
     job_id: str | None = None
     kind: str | None = None

@@ -26,7 +26,7 @@ class DropReason(StrEnum):
 
 
 class LengthPenalty(Contract):
-    """r'(x, a) = r(x, a) - weight * |a| (Dong et al. 2024, section 3.3; the paper's concise model: 0.001 per character).
+    """r'(x, a) = r(x, a) - weight * |a| (Dong et al. 2024, section 3.3; their concise model: 0.001 per character).
 
     Applied before selection, and the pair keeps the orientation that the penalised rewards give.
     """
@@ -40,7 +40,9 @@ class PairRules(Contract):
 
     rule: PairRuleName = "best_worst"
     length_penalty: LengthPenalty | None = None
-    min_margin: float = Field(default=0.0, ge=0.0, description="Pairs whose (penalised) margin is not above it are dropped.")
+    min_margin: float = Field(
+        default=0.0, ge=0.0, description="Pairs whose (penalised) margin is not above it are dropped."
+    )
     drop_truncated: bool = Field(default=True, description="Drop responses that ended by length, not by an end token.")
 
 

@@ -16,7 +16,9 @@ class PromptSource(Contract):
     """A prompt set: JSONL or Parquet with `prompt`, `messages`, `context_messages` or MT-Bench's `turns`."""
 
     path: str = Field(description="Local file (the command line uploads it) or store path `datasets/…`.")
-    on_error: Literal["refuse", "skip"] = Field(default="refuse", description="A broken line: refuse the file, or skip and count.")
+    on_error: Literal["refuse", "skip"] = Field(
+        default="refuse", description="A broken line: refuse the file, or skip and count."
+    )
 
 
 class SamplingRecipe(Contract):
@@ -45,23 +47,32 @@ class EvaluationRecipe(Contract):
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     max_tokens: int | None = Field(default=None, description="Default: as in sampling.")
     chunk_size: int = Field(default=64, ge=1)
-    measure_kl: bool = Field(default=True, description="Load the reference beside the scorer and estimate KL(policy || reference).")
+    measure_kl: bool = Field(
+        default=True, description="Load the reference beside the scorer and estimate KL(policy || reference)."
+    )
 
 
 class GateRecipe(Contract):
     """When a candidate is promoted."""
 
-    alpha: float = Field(default=0.05, gt=0.0, lt=1.0, description="One-sided level of the paired test on held-out rewards.")
+    alpha: float = Field(
+        default=0.05, gt=0.0, lt=1.0, description="One-sided level of the paired test on held-out rewards."
+    )
     min_improvement: float = Field(default=0.0, description="The mean paired reward difference must be above it.")
-    max_kl: float | None = Field(default=None, gt=0.0, description="Reject above this KL to the reference, nats per response.")
-    max_length_ratio: float | None = Field(default=None, gt=0.0, description="Reject when responses grow beyond this multiple.")
+    max_kl: float | None = Field(
+        default=None, gt=0.0, description="Reject above this KL to the reference, nats per response."
+    )
+    max_length_ratio: float | None = Field(
+        default=None, gt=0.0, description="Reject when responses grow beyond this multiple."
+    )
 
 
 class GeneratorRecipe(Contract):
     """What the run asks of the generator."""
 
     trial_traffic: Literal["wait", "serve"] = Field(
-        default="wait", description="Outside requests while a candidate is on trial: wait (bounded), or be answered by it."
+        default="wait",
+        description="Outside requests while a candidate is on trial: wait (bounded), or be answered by it.",
     )
 
 
@@ -69,7 +80,9 @@ class Recipe(Contract):
     """A run. Unknown keys are refused, here and in every table."""
 
     name: Name = Field(default="run")
-    policy: str = Field(description="Local folder, hub name, or store checkpoint `models/…`: the SFT model, fixed reference of all iterations.")
+    policy: str = Field(
+        description="Local folder, hub name, or store checkpoint `models/…`: the SFT model, the fixed reference."
+    )
     reward_model: str = Field(description="Local folder, hub name, or store checkpoint `models/…`.")
     iterations: int = Field(default=3, ge=0, description="Iterations triggered at once when the run is created.")
     seed: int = Field(default=0, ge=0, lt=2**31)
@@ -80,7 +93,9 @@ class Recipe(Contract):
     reward_truncate: Literal["refuse", "left"] = "refuse"
     pairs: PairRules = PairRules()
     dpo: DpoConfig
-    start_from: Literal["incumbent", "reference"] = Field(default="incumbent", description="Weights each DPO training starts from.")
+    start_from: Literal["incumbent", "reference"] = Field(
+        default="incumbent", description="Weights each DPO training starts from."
+    )
     evaluation: EvaluationRecipe = EvaluationRecipe()
     gate: GateRecipe = GateRecipe()
     generator: GeneratorRecipe = GeneratorRecipe()
@@ -90,14 +105,18 @@ class Recipe(Contract):
         n = sum(group.n for group in self.sampling.groups)
         if n < 2:
             raise ValueError(
-                f"sampling.groups: {n} response per prompt cannot make a pair; rule {self.pairs.rule!r} needs n >= 2 in total"
+                f"sampling.groups: {n} response per prompt cannot make a pair; rule {self.pairs.rule!r} needs n >= 2"
             )
         if all(group.temperature == 0.0 for group in self.sampling.groups):
-            raise ValueError("sampling.groups: at temperature 0 all responses are the same; at least one group must be above 0")
+            raise ValueError(
+                "sampling.groups: at temperature 0 all responses are the same; at least one group must be above 0"
+            )
+        if self.gate.max_kl is not None and not self.evaluation.measure_kl:
+            raise ValueError("gate.max_kl needs evaluation.measure_kl = true; without it there is no KL to compare")
         if self.sampling.max_tokens >= self.dpo.max_length:
             raise ValueError(
-                f"dpo.max_length ({self.dpo.max_length}) must be above sampling.max_tokens ({self.sampling.max_tokens}): "
-                "it has to hold the prompt and the longest response"
+                f"dpo.max_length ({self.dpo.max_length}) must be above sampling.max_tokens "
+                f"({self.sampling.max_tokens}): it has to hold the prompt and the longest response"
             )
         return self
 
@@ -107,5 +126,7 @@ class ResolvedModels(Contract):
 
     policy: StorePath
     reward_model: StorePath
-    policy_import: str | None = Field(default=None, description="Source of the import job, when the folder has to be made.")
+    policy_import: str | None = Field(
+        default=None, description="Source of the import job, when the folder has to be made."
+    )
     reward_model_import: str | None = None

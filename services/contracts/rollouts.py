@@ -39,7 +39,9 @@ class RolloutRequest(Contract):
     policy_version: str
     prompts: tuple[Prompt, ...] = Field(min_length=1)
     sampling: Sampling
-    seed: int = Field(ge=0, lt=2**31, description="Seeds of the single requests are derived from it and the prompt's id.")
+    seed: int = Field(
+        ge=0, lt=2**31, description="Seeds of the single requests are derived from it and the prompt's id."
+    )
 
     @model_validator(mode="after")
     def _unique_ids(self) -> Self:
@@ -56,7 +58,9 @@ class Response(Contract):
 
     text: str
     token_ids: TokenIds = Field(description="Exactly the sampled ids, with the end token when finish_reason is `stop`.")
-    logprob: float = Field(description="Sum of the sampled tokens' log-probs under the policy at temperature 1, in nats.")
+    logprob: float = Field(
+        description="Sum of the sampled tokens' log-probs under the policy at temperature 1, in nats."
+    )
     finish_reason: FinishReason
     temperature: float
     top_p: float

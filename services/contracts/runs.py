@@ -8,8 +8,10 @@ from typing import Literal
 from pydantic import Field
 
 from services.contracts.model import Contract, Name
+from services.contracts.pairs import Pair
 from services.contracts.problems import Problem
 from services.contracts.recipes import Recipe, ResolvedModels
+from services.contracts.rollouts import Rollout
 
 
 class RunStatus(StrEnum):
@@ -52,6 +54,7 @@ class RunRecord(Contract):
     heldout_total: int
     skipped_lines: dict[str, int] = Field(default_factory=dict, description="Broken lines skipped, by file.")
     versions: dict[str, str] = Field(default_factory=dict)
+    warnings: tuple[str, ...] = Field(default=(), description="What the creator should know, one sentence each.")
 
 
 class Rollback(Contract):
@@ -93,17 +96,25 @@ class IterationMetrics(Contract):
     response_tokens: float | None = Field(default=None, description="Mean length of held-out responses.")
     truncated_fraction: float | None = None
     sampled_reward_mean: float | None = Field(default=None, description="Over all sampled responses of the iteration.")
-    sampled_reward_best: float | None = Field(default=None, description="Mean over prompts of the best response's reward.")
-    sampled_reward_spread: float | None = Field(default=None, description="Mean over prompts of best minus worst reward.")
+    sampled_reward_best: float | None = Field(
+        default=None, description="Mean over prompts of the best response's reward."
+    )
+    sampled_reward_spread: float | None = Field(
+        default=None, description="Mean over prompts of best minus worst reward."
+    )
     reward_length_correlation: float | None = Field(default=None, description="Mean per-prompt Pearson correlation.")
-    duplicate_fraction: float | None = Field(default=None, description="Sampled responses identical to an earlier one of the prompt.")
+    duplicate_fraction: float | None = Field(
+        default=None, description="Sampled responses identical to an earlier one of the prompt."
+    )
     sampled_truncated_fraction: float | None = None
     sampled_response_tokens: float | None = None
     sampled_tokens_per_second: float | None = None
     prompts: int | None = None
     responses: int | None = None
     pairs: int | None = None
-    dropped: dict[str, int] = Field(default_factory=dict, description="Counted reasons for dropped prompts and responses.")
+    dropped: dict[str, int] = Field(
+        default_factory=dict, description="Counted reasons for dropped prompts and responses."
+    )
     dpo_loss: float | None = None
     dpo_accuracy: float | None = None
     dpo_margin: float | None = None
@@ -161,6 +172,7 @@ class RunView(Contract):
     iterations: tuple[IterationView, ...]
     problem: Problem | None = Field(default=None, description="Why the run failed, from the job that failed.")
     skipped_lines: dict[str, int] = Field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 class RunCreated(Contract):
@@ -168,13 +180,16 @@ class RunCreated(Contract):
 
     id: str
     status: RunStatus
+    warnings: tuple[str, ...] = Field(default=(), description="Reused prompts, dropped duplicates, …")
 
 
 class RunRequest(Contract):
     """Body of `POST /v1/runs`."""
 
     recipe: Recipe
-    id: Name | None = Field(default=None, description="Creating an id twice with the same recipe is one run; another recipe: 409.")
+    id: Name | None = Field(
+        default=None, description="Creating an id twice with the same recipe is one run; another recipe: 409."
+    )
 
 
 class IterationsRequest(Contract):
@@ -188,6 +203,29 @@ class RollbackRequest(Contract):
 
     to_iteration: int = Field(ge=0)
     reason: str = Field(min_length=1, max_length=500)
+
+
+class PairPage(Contract):
+    """Answer of `GET /v1/runs/{id}/iterations/{t}/pairs`."""
+
+    total: int
+    offset: int
+    rows: tuple[Pair, ...]
+
+
+class ScoredRollout(Contract):
+    """A rollout with the rewards of its responses, once they are scored."""
+
+    rollout: Rollout
+    rewards: tuple[float, ...] | None = None
+
+
+class RolloutPage(Contract):
+    """Answer of `GET /v1/runs/{id}/iterations/{t}/rollouts`: what is published so far."""
+
+    total: int
+    offset: int
+    rows: tuple[ScoredRollout, ...]
 
 
 class DatasetInfo(Contract):

@@ -67,7 +67,8 @@ class ScorerSpec(Contract):
     checkpoint: StorePath = Field(description="Folder in the artifact store, with its manifest.")
     max_tokens: int | None = Field(default=None, ge=1, description="Longest sequence; default is the model's.")
     truncate: Literal["refuse", "left"] = Field(
-        default="refuse", description="What happens to longer sequences: an error naming the item, or cut from the left."
+        default="refuse",
+        description="What happens to longer sequences: an error naming the item, or cut from the left.",
     )
 
 
@@ -99,5 +100,7 @@ class ScoreRow(Contract):
     def _finite(self) -> Self:
         for index, reward in enumerate(self.rewards):
             if reward != reward or reward in (float("inf"), float("-inf")):
-                raise ValueError(f"rewards.{index} of prompt {self.prompt_id!r} is {reward}; a score is never defaulted")
+                raise ValueError(
+                    f"rewards.{index} of prompt {self.prompt_id!r} is {reward}; a score is never defaulted"
+                )
         return self

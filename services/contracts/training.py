@@ -75,7 +75,9 @@ class RewardModelJob(Contract):
     kind: Literal["reward_model"] = "reward_model"
     start: StorePath
     data: StorePath = Field(description="JSONL or Parquet with TRL's `prompt`, `chosen`, `rejected` (conversational).")
-    heldout: StorePath | None = Field(default=None, description="Same columns; its accuracy is reported in the manifest.")
+    heldout: StorePath | None = Field(
+        default=None, description="Same columns; its accuracy is reported in the manifest."
+    )
     config: RewardModelConfig
     output: StorePath
 
@@ -85,7 +87,9 @@ class DpoJob(Contract):
 
     kind: Literal["dpo"] = "dpo"
     start: StorePath = Field(description="Checkpoint training starts from; default of a run: the incumbent.")
-    reference: StorePath = Field(description="Checkpoint of the fixed reference; default of a run: the initial policy, always.")
+    reference: StorePath = Field(
+        description="Checkpoint of the fixed reference; default of a run: the initial policy, always."
+    )
     pairs: tuple[StorePath, ...] = Field(min_length=1, description="pairs.parquet files.")
     config: DpoConfig
     output: StorePath
@@ -115,7 +119,9 @@ class TrainingResult(Contract):
 
     checkpoint: str
     version: str
-    metrics: dict[str, float] = Field(default_factory=dict, description="Last and mean figures: loss, accuracy, margin, …")
+    metrics: dict[str, float] = Field(
+        default_factory=dict, description="Last and mean figures: loss, accuracy, margin, …"
+    )
     curve: tuple[TrainingProgress, ...] = Field(default=(), description="The logged steps, thinned to at most 200.")
     seconds: float
     resumed_from_step: int | None = None

@@ -1,8 +1,8 @@
-"""HTTP client of the services and of `ratchet`: deadlines on every call, retries where they can help, problems as exceptions."""
+"""HTTP client of the services and of `ratchet`: deadlines, retries where they can help, problems as exceptions."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -41,7 +41,9 @@ def error_from(response: httpx.Response) -> errors.RatchetError:
         problem = Problem.model_validate_json(response.content)
     except ValueError:
         text = response.text[:300].strip()
-        problem = Problem(title=response.reason_phrase, status=response.status_code, detail=text or response.reason_phrase)
+        problem = Problem(
+            title=response.reason_phrase, status=response.status_code, detail=text or response.reason_phrase
+        )
     cls = ERRORS_BY_CODE.get(problem.code)
     where = f"{response.request.method} {response.request.url.copy_with(query=None)}"
     after = response.headers.get("retry-after", "")
@@ -110,7 +112,7 @@ class ServiceClient:
     @asynccontextmanager
     async def stream(self, method: str, path: str, *, body: BaseModel | None = None, read_seconds: float = CALL_SECONDS,
                      params: dict[str, Any] | None = None,
-                     headers: dict[str, str] | None = None) -> AsyncIterator[httpx.Response]:  # fmt: skip
+                     headers: dict[str, str] | None = None) -> AsyncGenerator[httpx.Response]:  # fmt: skip
         """A streamed answer. `read_seconds` bounds the silence between two pieces, not the whole."""
         sent = dict(headers or {})
         if body is not None:

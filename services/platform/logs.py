@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -14,9 +14,7 @@ QUIET_LOGGERS = ("httpx", "httpcore", "uvicorn.access", "stamina", "urllib3", "f
 """One line per poll of theirs would bury ours."""
 
 
-def configure_logging(
-    service: str, *, level: str = "info", fmt: Literal["json", "console"] = "json"
-) -> None:
+def configure_logging(service: str, *, level: str = "info", fmt: Literal["json", "console"] = "json") -> None:
     """Send every log line, ours and the libraries', to stdout as one JSON object (or readable text)."""
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
@@ -57,7 +55,7 @@ def get_logger(name: str) -> structlog.stdlib.BoundLogger:
 
 
 @contextmanager
-def log_context(**ids: Any) -> Iterator[None]:
+def log_context(**ids: Any) -> Generator[None]:
     """Add ids (job, run, request) to every line logged inside, in this task only."""
     with structlog.contextvars.bound_contextvars(**ids):
         yield

@@ -147,7 +147,12 @@ def problem_of(error: RatchetError, instance: str | None = None) -> JSONResponse
 def field_errors(error: RequestValidationError | ValidationError, *, skip_source: bool) -> tuple[FieldError, ...]:
     """Pydantic's findings as dotted field names with a sentence each."""
     found: list[FieldError] = []
-    for item in error.errors():
+    items = error.errors()
+    places = [tuple(item["loc"]) for item in items]
+    for item in items:
+        loc = tuple(item["loc"])
+        if item["type"] == "too_short" and any(len(other) > len(loc) and other[: len(loc)] == loc for other in places):
+            continue  # pydantic counts only the valid items; the invalid one is reported itself
         place = [str(part) for part in item["loc"]]
         if skip_source and place and place[0] in ("body", "query", "path", "header"):
             place = place[1:]
@@ -194,7 +199,8 @@ def _install_problem_handlers(app: FastAPI) -> None:
         return problem_response(
             Problem(
                 type="urn:ratchet:problem:internal", title="Internal error", status=500, code="internal",
-                detail=f"{type(error).__name__}: see the service's log under the request id", instance=request_id(request),
+                detail=f"{type(error).__name__}: see the service's log under the request id",
+                instance=request_id(request),
             )
         )  # fmt: skip
 

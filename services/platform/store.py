@@ -4,6 +4,10 @@ A file is written under a temporary name and renamed; a folder counts only once 
 *first writer wins*: when two attempts of one job race, the second finds the first's complete result and adopts it.
 """
 
+# fsspec ships no types:
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportMissingTypeStubs=false
+
 from __future__ import annotations
 
 import hashlib
@@ -13,7 +17,7 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -42,7 +46,9 @@ class ArtifactStore:
         filesystem, root = fsspec.core.url_to_fs(url)
         self._fs = filesystem
         self._root = root.rstrip("/")
-        self.is_local = "file" in (filesystem.protocol if isinstance(filesystem.protocol, tuple) else (filesystem.protocol,))
+        self.is_local = "file" in (
+            filesystem.protocol if isinstance(filesystem.protocol, tuple) else (filesystem.protocol,)
+        )
         if self.is_local:
             Path(self._root).mkdir(parents=True, exist_ok=True)
 
@@ -58,7 +64,7 @@ class ArtifactStore:
     def _full(self, path: str) -> str:
         if not PATH_PATTERN.fullmatch(path):
             raise StoreError(
-                f"{path!r} is not a path in the artifact store: relative, of letters, digits, '.', '_', '-', without '..'",
+                f"{path!r} is not a path in the artifact store: relative, of letters, digits, '.', '_', '-'; no '..'",
                 field="path",
             )
         full = f"{self._root}/{path}"
@@ -138,7 +144,7 @@ class ArtifactStore:
             raise StoreError(f"{path} cannot be written to {self.url}: {error.strerror or error}") from error
 
     @contextmanager
-    def scratch_folder(self) -> Iterator[Path]:
+    def scratch_folder(self) -> Generator[Path]:
         """A temporary local folder, on the store's own disk when the store is local, removed afterwards."""
         parent = f"{self._root}/.scratch" if self.is_local else None
         if parent:
@@ -211,7 +217,9 @@ class ArtifactStore:
             if not Path(full).is_file():
                 raise NotFound(f"{path} is not in the artifact store {self.url}")
             return Path(full)
-        cache = Path(tempfile.gettempdir()) / "ratchet-store-cache" / hashlib.sha256(full.encode()).hexdigest()[:24] / path
+        cache = (
+            Path(tempfile.gettempdir()) / "ratchet-store-cache" / hashlib.sha256(full.encode()).hexdigest()[:24] / path
+        )
         if not cache.exists():
             cache.parent.mkdir(parents=True, exist_ok=True)
             partial = cache.with_name(f".{cache.name}.{uuid.uuid4().hex[:8]}")

@@ -1,4 +1,8 @@
-"""Parquet files of contracts, with explicit schemas: what is written today is read tomorrow, by us and by `datasets`."""
+"""Parquet files of contracts, with explicit schemas: what is written today is read tomorrow, also by `datasets`."""
+
+# pyarrow ships no types:
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportMissingTypeStubs=false
 
 from __future__ import annotations
 
