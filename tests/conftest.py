@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["tests.fixtures.redis"]
+
 # Before any library is imported, and inherited by the processes a test starts.
 os.environ.update(
     HF_HUB_OFFLINE="1",

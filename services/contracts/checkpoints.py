@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from services.contracts.model import Contract, TokenIds
+from services.contracts.model import Contract, StorePath, TokenIds
 
 MANIFEST_NAME = "MANIFEST.json"
 CheckpointKind = Literal["policy", "reward_model"]
@@ -79,8 +79,15 @@ class Manifest(Contract):
 class PolicySpec(Contract):
     """Body of `PUT /v1/policy`."""
 
-    checkpoint: str = Field(description="Folder in the artifact store.")
-    trial: bool = Field(default=False, description="Candidate on trial for the gate: requests from outside wait.")
+    checkpoint: StorePath = Field(description="Folder in the artifact store.")
+    trial: bool = Field(default=False, description="Candidate on trial for the gate; see `trial_traffic`.")
+    trial_traffic: Literal["wait", "serve"] = Field(
+        default="wait", description="Outside requests during a trial: wait (bounded), or be answered by the candidate."
+    )
+    allow_restart: bool = Field(
+        default=False,
+        description="Restart the engine when this checkpoint has another shape or tokenizer than the served one.",
+    )
 
 
 class PolicyInfo(Contract):

@@ -87,6 +87,12 @@ class ScoreInvalid(RatchetError):
     status, code, title = 502, "score-invalid", "Invalid score"
 
 
+class TooLarge(RatchetError):
+    """The body is larger than the service accepts; the message names the limit and its setting."""
+
+    status, code, title = 413, "too-large", "Body too large"
+
+
 class Overloaded(RatchetError):
     """More work than the service accepts; refused at the door."""
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
-import signal
 import socket
 import sys
 import uuid
@@ -25,11 +23,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from services.contracts.errors import RatchetError
 from services.contracts.problems import PROBLEM_MEDIA_TYPE, FieldError, Problem
 from services.platform.logs import configure_logging, get_logger, log_context
+from services.platform.processes import die_with_parent
 from services.platform.settings import ServiceSettings
 
 log = get_logger(__name__)
-
-PR_SET_PDEATHSIG = 1
 
 REQUESTS = Counter("ratchet_http_requests_total", "Answered requests.", ["service", "method", "route", "status"])
 REQUEST_SECONDS = Histogram(
@@ -209,15 +206,6 @@ def _install_problem_handlers(app: FastAPI) -> None:
     app.add_exception_handler(ValidationError, on_validation)
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(Exception, on_other)
-
-
-def die_with_parent() -> None:
-    """Ask the kernel for SIGTERM when the parent dies, so that a killed supervisor leaves no orphan. Linux only."""
-    if sys.platform == "linux":
-        parent = os.getppid()
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def free_port(host: str = "127.0.0.1") -> int:

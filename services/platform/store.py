@@ -155,6 +155,37 @@ class ArtifactStore:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
+    def work_folder(self, name: str, default: Path | None = None) -> Path:
+        """A local folder that outlives its process: resumable state of long work. Readers of the store never see it.
+
+        Args:
+            name: One or more path segments, e.g. `train/r_iter-1-0a1b`.
+            default: Its parent when the store is remote; a local store has it on its own disk, so that a finished
+                folder can be moved into place by `publish_folder`.
+        """
+        if not PATH_PATTERN.fullmatch(name):
+            raise StoreError(f"{name!r} is not a name of a work folder", field="path")
+        elsewhere = default or Path(tempfile.gettempdir()) / "ratchet-work"
+        parent = Path(self._root) / ".work" if self.is_local else elsewhere
+        folder = parent / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def staged_folder(self, folder: str) -> Path:
+        """A folder that somebody put into the store and that has no manifest yet, as a local path; remote: downloaded.
+
+        Raises:
+            NotFound: it is not there, or not a folder.
+        """
+        full = self._full(folder)
+        if not self._fs.isdir(full):
+            raise NotFound(f"{folder} is not a folder in the artifact store {self.url}")
+        if self.is_local:
+            return Path(full)
+        local = Path(tempfile.mkdtemp(prefix="ratchet-staged-")) / "folder"
+        self._fs.get(full, str(local), recursive=True)
+        return local
+
     def publish_folder(self, local: Path, path: str) -> bool:
         """Publish a finished local folder (with its MANIFEST.json) as `path`. First writer wins; `local` is moved.
 

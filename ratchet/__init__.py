@@ -1,0 +1,1 @@
+"""The command line and the Python client of Ratchet."""
