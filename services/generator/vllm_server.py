@@ -1,0 +1,32 @@
+"""vLLM's API server, with the engine's process forked instead of spawned: `python -m services.generator.vllm_server`.
+
+On CPU vLLM spawns its processes, and each imports everything again, which is nearly all of the start-up time. vLLM
+asks for it because OpenMP's threads do not survive a fork; with one OpenMP thread there are none. (On GPUs vLLM forks
+by itself where it can, and this module changes nothing.)
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+
+
+def fork_on_cpu() -> None:
+    """Take back the `spawn` that vLLM's CPU platform sets, when the engine has one OpenMP thread."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu() or os.environ.get("OMP_NUM_THREADS") != "1":
+        return
+    platform = type(current_platform)
+    spawning = platform.check_and_update_config.__func__  # pyright: ignore[reportFunctionMemberAccess]
+
+    def check_and_update_config(cls: type, vllm_config: object) -> None:
+        spawning(cls, vllm_config)
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+
+    platform.check_and_update_config = classmethod(check_and_update_config)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+if __name__ == "__main__":
+    fork_on_cpu()
+    runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__", alter_sys=True)
