@@ -1,0 +1,126 @@
+"""Making a run: everything a recipe names is looked up, read and fixed in the store before the run exists."""
+
+from __future__ import annotations
+
+import platform
+import secrets
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+
+from services.contracts import layout
+from services.contracts.conversations import Prompt
+from services.contracts.errors import Conflict, InvalidInput
+from services.contracts.recipes import Recipe
+from services.contracts.runs import RunControl, RunRecord, RunRequest
+from services.orchestrator.clock import now_iso
+from services.orchestrator.datasets import read_source
+from services.orchestrator.models import resolve_models
+from services.orchestrator.runbook import Runbook
+from services.platform.store import ArtifactStore
+from services.platform.tables import to_parquet
+
+LIBRARIES = ("ratchet-rlhf", "fastapi", "pydantic", "pyarrow", "redis")
+
+
+def create_run(runbook: Runbook, request: RunRequest) -> tuple[RunRecord, bool]:
+    """Create a run, or find it: the same id with the same recipe is one run. Returns whether it is new.
+
+    `run.json` is written last; without it the run does not exist.
+
+    Raises:
+        InvalidInput: the recipe names something that is not there or cannot be used; the field says what.
+        Conflict: the id is taken by a run with another recipe.
+    """
+    recipe, store = request.recipe, runbook.store
+    run = request.id or f"{recipe.name[:60]}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    if store.exists(layout.run_file(run)):
+        known = runbook.record(run)
+        if known.recipe != recipe:
+            raise Conflict(f"run {run!r} exists with another recipe; choose another id", field="id")
+        return known, False
+    models = resolve_models(recipe, store)
+    pool = read_source(store, recipe.prompts, "recipe.prompts")
+    heldout = read_source(store, recipe.heldout, "recipe.heldout")
+    warnings: list[str] = []
+    kept_heldout = _unique(heldout.rows, "held-out", warnings)[: recipe.evaluation.max_prompts]
+    kept_pool = _without(_unique(pool.rows, "training", warnings), kept_heldout, warnings)
+    _check_sizes(recipe, len(kept_pool), len(kept_heldout), warnings)
+    _fix(store, layout.pool_file(run), kept_pool)
+    _fix(store, layout.heldout_file(run), kept_heldout)
+    skipped = {
+        source.path: reading.skipped_count
+        for source, reading in ((recipe.prompts, pool), (recipe.heldout, heldout))
+        if reading.skipped_count
+    }
+    record = RunRecord(
+        id=run, created_at=now_iso(), recipe=recipe, models=models, prompts_total=len(kept_pool),
+        heldout_total=len(kept_heldout), skipped_lines=skipped, versions=_versions(), warnings=tuple(warnings),
+    )  # fmt: skip
+    store.publish_model(layout.run_file(run), record)
+    runbook.write_control(run, RunControl(iterations=recipe.iterations))
+    return runbook.record(run), True
+
+
+def _unique(prompts: tuple[Prompt, ...], what: str, warnings: list[str]) -> list[Prompt]:
+    unique = list({prompt.id: prompt for prompt in prompts}.values())
+    if len(unique) < len(prompts):
+        warnings.append(
+            f"{len(prompts) - len(unique)} of {len(prompts)} {what} prompts occur more than once; each is used once"
+        )
+    return unique
+
+
+def _without(pool: list[Prompt], heldout: list[Prompt], warnings: list[str]) -> list[Prompt]:
+    judged = {prompt.id for prompt in heldout}
+    kept = [prompt for prompt in pool if prompt.id not in judged]
+    if len(kept) < len(pool):
+        warnings.append(
+            f"{len(pool) - len(kept)} training prompts are among the held-out prompts that judge the policy; "
+            "they are not trained on"
+        )
+    return kept
+
+
+def _check_sizes(recipe: Recipe, pool: int, heldout: int, warnings: list[str]) -> None:
+    each = recipe.sampling.prompts_per_iteration
+    if pool < each:
+        raise InvalidInput(
+            f"an iteration draws {each} prompts and the pool has {pool}; "
+            "lower sampling.prompts_per_iteration or give more prompts",
+            field="recipe.sampling.prompts_per_iteration",
+        )
+    if heldout < 2:
+        raise InvalidInput(
+            f"the gate's paired test needs at least 2 held-out prompts, and there is {heldout}",
+            field="recipe.heldout.path",
+        )
+    if pool < each * recipe.iterations:
+        warnings.append(
+            f"{recipe.iterations} iterations of {each} prompts need {each * recipe.iterations}, and the pool has "
+            f"{pool}: later iterations use prompts again, in a new order"
+        )
+    evaluation = recipe.evaluation
+    if evaluation.measure_kl and (evaluation.temperature != 1.0 or evaluation.top_p != 1.0):
+        warnings.append(
+            f"KL is estimated from responses drawn at temperature {evaluation.temperature:g}, top_p "
+            f"{evaluation.top_p:g}; it is unbiased at 1 and 1 only"
+        )
+
+
+def _fix(store: ArtifactStore, path: str, prompts: list[Prompt]) -> None:
+    data = to_parquet(prompts, Prompt)
+    if not store.publish_bytes(path, data) and store.read_bytes(path) != data:
+        raise Conflict(
+            f"{path} is left over from another recipe whose run was never finished being created; choose another id",
+            field="id",
+        )
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,43 @@
+"""A topic's events as server-sent events: history first, then live, with keep-alive comments."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+
+from services.contracts.jobs import Event
+from services.platform.jobs import EventStream
+
+KEEPALIVE = ": keep-alive\n\n"
+
+
+async def event_lines(
+    events: EventStream, topic: str, after: str, *, stop: asyncio.Event, keepalive_seconds: float
+) -> AsyncIterator[str]:
+    """The body of `text/event-stream`: `id`, `event` and `data` (the `Event` as JSON) for each event after id `after`.
+
+    Ends when `stop` is set (the service shuts down); the reader comes back with `Last-Event-ID`.
+    """
+    following = events.follow(topic, after, stop=stop)
+    upcoming: asyncio.Task[Event | None] | None = None
+    yield KEEPALIVE  # headers and a first byte at once, so that a reader knows it is connected
+    try:
+        while True:
+            upcoming = upcoming or asyncio.create_task(_next(following))
+            done, _ = await asyncio.wait({upcoming}, timeout=keepalive_seconds)
+            if not done:
+                yield KEEPALIVE
+                continue
+            event, upcoming = upcoming.result(), None
+            if event is None:
+                return
+            yield f"id: {event.id}\nevent: {event.type}\ndata: {event.model_dump_json()}\n\n"
+    finally:
+        if upcoming is not None:
+            upcoming.cancel()
+            await asyncio.gather(upcoming, return_exceptions=True)
+        await following.aclose()
+
+
+async def _next(following: AsyncGenerator[Event, None]) -> Event | None:
+    return await anext(following, None)

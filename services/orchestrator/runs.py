@@ -1,0 +1,207 @@
+"""What people can ask of runs. Every change is written to the store first; Redis is told afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from services.contracts import layout
+from services.contracts.errors import Conflict, InvalidInput, NotFound, Unavailable
+from services.contracts.jobs import JobState
+from services.contracts.runs import (
+    IterationsRequest,
+    IterationView,
+    Rollback,
+    RollbackRequest,
+    RunControl,
+    RunCreated,
+    RunRequest,
+    RunStatus,
+    RunView,
+)
+from services.orchestrator.clock import now_iso
+from services.orchestrator.conductor import Conductor, shown_status
+from services.orchestrator.creation import create_run
+from services.orchestrator.settings import OrchestratorSettings
+from services.orchestrator.snapshots import Snapshot
+from services.orchestrator.views import iteration_view, run_view
+from services.platform.jobs.outage import REDIS_ERRORS, server_of
+
+POLL_SECONDS = 0.1
+
+
+class RunService:
+    """Creates, shows and controls runs."""
+
+    def __init__(self, conductor: Conductor, settings: OrchestratorSettings) -> None:
+        self.conductor = conductor
+        self.snapshots = conductor.snapshots
+        self.runbook = conductor.snapshots.runbook
+        self.queue = conductor.queue
+        self.settings = settings
+        self._creating = asyncio.Lock()
+
+    async def create(self, request: RunRequest) -> RunCreated:
+        """Create a run and start it. Raises InvalidInput, Conflict."""
+        async with self._creating:
+            record, new = await asyncio.to_thread(create_run, self.runbook, request)
+        data = {"iterations": record.recipe.iterations, "warnings": list(record.warnings)}
+        await self._tell(record.id, "run.created" if new else None, data)
+        shot = await self._take(record.id)
+        return RunCreated(id=record.id, status=self._status(shot), warnings=record.warnings)
+
+    async def list(self) -> list[RunView]:
+        """All runs, newest first."""
+        ids = await asyncio.to_thread(self._all)
+        return [await self.view(run) for run in reversed(ids)]
+
+    def _all(self) -> list[str]:
+        self.runbook.refresh()
+        return self.runbook.ids()
+
+    async def view(self, run: str) -> RunView:
+        """A run as it stands. Raises NotFound."""
+        return self._view(await self._take(run))
+
+    async def iteration(self, run: str, iteration: int) -> IterationView:
+        """One iteration. Raises NotFound when it has not been asked for."""
+        shot = await self._take(run)
+        if iteration > shot.control.iterations:
+            raise NotFound(
+                f"run {run} has iterations 0 to {shot.control.iterations}, not {iteration}", field="iteration"
+            )
+        return iteration_view(shot.record, iteration, shot.jobs, shot.decided.get(iteration), now=time.time())
+
+    async def add_iterations(self, run: str, request: IterationsRequest) -> RunView:
+        """Trigger the next iterations."""
+
+        def change(control: RunControl) -> RunControl:
+            if control.cancelled:
+                raise Conflict(f"run {run} is cancelled; resume it first", field="id")
+            return control.model_copy(update={"iterations": control.iterations + request.count})
+
+        return await self._change(run, "iterations", change, {"count": request.count})
+
+    async def pause(self, run: str) -> RunView:
+        """Enqueue nothing more; what runs, ends (a chunk, a training)."""
+        return await self._change(run, "pause", lambda control: control.model_copy(update={"paused": True}))
+
+    async def cancel(self, run: str) -> RunView:
+        """Stop what runs, within seconds. What is published stays, and `resume` goes on from there."""
+        return await self._change(run, "cancel", lambda control: control.model_copy(update={"cancelled": True}))
+
+    async def resume(self, run: str) -> RunView:
+        """Go on after a pause, a cancellation or a failure: failed and cancelled jobs get all their attempts again.
+
+        Raises:
+            Conflict: jobs that were cancelled have not stopped yet.
+        """
+        await self._change(
+            run, "resume", lambda control: control.model_copy(update={"paused": False, "cancelled": False})
+        )
+        await self._await_cancelled(run)
+        async with self._redis("retry the failed jobs"):
+            for job in (await self.snapshots.take(run)).jobs.values():
+                if job.state in (JobState.FAILED, JobState.CANCELLED):
+                    await self.queue.retry(job.id)
+        await self._tell(run, None, {})
+        return await self.view(run)
+
+    async def rollback(self, run: str, request: RollbackRequest) -> RunView:
+        """Set the incumbent back, from the next iteration on. An iteration under way is decided first.
+
+        Raises:
+            InvalidInput: the iteration has no decided policy.
+        """
+
+        def change(control: RunControl) -> RunControl:
+            decided = self.runbook.decided(run)
+            if request.to_iteration not in decided:
+                known = ", ".join(str(t) for t in sorted(decided)) or "none yet"
+                raise InvalidInput(
+                    f"iteration {request.to_iteration} of run {run} has no decided policy to go back to "
+                    f"(decided: {known})",
+                    field="to_iteration",
+                )
+            current = len(decided)
+            # Sampling begins once the prompts are drawn, and an iteration's data comes from one policy only.
+            begun = self.runbook.store.exists(layout.prompts_file(run, current))
+            rollback = Rollback(
+                before_iteration=current + 1 if begun else current, to_iteration=request.to_iteration,
+                reason=request.reason, at=now_iso(),
+            )  # fmt: skip
+            return control.model_copy(update={"rollbacks": (*control.rollbacks, rollback)})
+
+        data = {"to_iteration": request.to_iteration, "reason": request.reason}
+        return await self._change(run, "rollback", change, data)
+
+    async def _change(
+        self, run: str, action: str, change: Callable[[RunControl], RunControl], data: dict[str, Any] | None = None
+    ) -> RunView:
+        """Write a changed control to the store, then tell. Under the conductor's lock, so no plan is made between."""
+        async with self.conductor.lock:
+            await asyncio.to_thread(self._write, run, change)
+        await self._tell(run, "run.control", {"action": action, **(data or {})})
+        return await self.view(run)
+
+    async def check_events(self, run: str, after: str) -> None:
+        """Before a stream is opened: the run exists, the event id is one, Redis answers. Raises what is wrong."""
+        await asyncio.to_thread(self.runbook.record, run)
+        async with self._redis(f"read the events of run {run}"):
+            await self.conductor.events.read(run, after, count=1)
+
+    def _write(self, run: str, change: Callable[[RunControl], RunControl]) -> None:
+        self.runbook.record(run)
+        control = self.runbook.control(run)
+        changed = change(control)
+        if changed != control:
+            self.runbook.write_control(run, changed)
+
+    async def _await_cancelled(self, run: str) -> None:
+        deadline = time.monotonic() + self.settings.control_seconds
+        while True:
+            jobs = (await self._take(run)).jobs.values()
+            ending = [job.id for job in jobs if job.cancel_requested and not job.state.final]
+            if not ending:
+                return
+            if time.monotonic() > deadline:
+                raise Conflict(
+                    f"run {run} is still stopping ({', '.join(ending[:3])}); resume it again in a moment",
+                    field="id", retry_after_seconds=5,
+                )  # fmt: skip
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def _take(self, run: str) -> Snapshot:
+        async with self._redis(f"look at run {run}"):
+            return await self.snapshots.take(run)
+
+    async def _tell(self, run: str, event: str | None, data: dict[str, Any]) -> None:
+        async with self._redis("tell of the change, which is written and takes effect when Redis is back"):
+            if event is not None:
+                await self.conductor.events.publish(run, event, data)
+            await self.queue.nudge(run)
+
+    def _status(self, shot: Snapshot) -> RunStatus:
+        return shown_status(shot.plan, active=shot.record.id == self.conductor.active)
+
+    def _view(self, shot: Snapshot) -> RunView:
+        return run_view(
+            shot.record, shot.control, shot.plan, shot.decided, shot.jobs,
+            queued=shot.record.id != self.conductor.active, now=time.time(),
+        )  # fmt: skip
+
+    @asynccontextmanager
+    async def _redis(self, doing: str) -> AsyncGenerator[None]:
+        """Redis within a deadline, or a problem that names it."""
+        try:
+            async with asyncio.timeout(self.settings.redis_seconds):
+                yield
+        except REDIS_ERRORS as error:
+            raise Unavailable(
+                f"Redis at {server_of(self.queue.redis)} does not answer, so the orchestrator cannot {doing} "
+                f"({type(error).__name__}: {error})",
+                retry_after_seconds=5,
+            ) from error
