@@ -1,0 +1,62 @@
+"""A local model folder on its way into the store: unfinished ones are refused, finished ones appear whole."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from ratchet.client.staging import stage_model
+from services.contracts.errors import InvalidInput
+
+
+def weights(file: Path, size: int = 16) -> None:
+    header = json.dumps({"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "My model!"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    weights(folder / "model.safetensors")
+    return folder
+
+
+def test_a_folder_is_staged_once_under_its_name_and_content(model: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    path = stage_model(model, str(store))
+    assert path.startswith("staging/My-model-")
+    assert os.path.samefile(store / path / "model.safetensors", model / "model.safetensors")
+    assert stage_model(model, f"file://{store}") == path
+    weights(model / "model.safetensors", 17)
+    assert stage_model(model, str(store)) != path
+    assert not [name for name in os.listdir(store / "staging") if name.startswith(".tmp")]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda m: (m / "config.json").unlink(), "has no config.json"),
+        (lambda m: (m / "config.json").write_text("{"), "is not JSON"),
+        (lambda m: (m / "model.safetensors").unlink(), "has no \\*.safetensors"),
+        (lambda m: (m / "model.safetensors").rename(m / "pytorch_model.bin"), "pickle files are not loaded"),
+        (lambda m: os.truncate(m / "model.safetensors", 70), "is cut off|not a safetensors"),
+        (
+            lambda m: (m / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-2.safetensors"}}'),
+            "half-written: .* model-2.safetensors is missing",
+        ),
+    ],
+)
+def test_an_unfinished_folder_is_refused(model: Path, tmp_path: Path, spoil: object, message: str) -> None:
+    spoil(model)  # pyright: ignore[reportCallIssue]
+    with pytest.raises(InvalidInput, match=message):
+        stage_model(model, str(tmp_path / "store"), "policy")
+
+
+def test_a_remote_store_is_told_with_a_remedy(model: Path) -> None:
+    with pytest.raises(InvalidInput, match="Copy it there yourself"):
+        stage_model(model, "s3://bucket/x")
+    with pytest.raises(InvalidInput, match="Set RATCHET_STORE_URL"):
+        stage_model(model, None)
