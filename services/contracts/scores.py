@@ -18,6 +18,10 @@ class ScoreItem(Contract):
 
     messages: tuple[Message, ...] = Field(min_length=1)
     responses: tuple[str, ...] = Field(min_length=1)
+    allow_empty: bool = Field(
+        default=False,
+        description="Score an empty response too, as what it is: a policy may end its turn at once. Else it is refused.",
+    )
 
 
 class ScoreRequest(Contract):

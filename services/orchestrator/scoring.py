@@ -97,7 +97,11 @@ class Scoring:
         request = ScoreRequest(
             scorer=REWARD, revision=layout.version_of(run.models.reward_model),
             items=tuple(
-                ScoreItem(messages=row.messages, responses=tuple(response.text for response in row.responses))
+                ScoreItem(
+                    messages=row.messages,
+                    responses=tuple(response.text for response in row.responses),
+                    allow_empty=True,  # what the policy sampled is judged as it is; pairing drops and counts it
+                )
                 for row in batch
             ),
         )  # fmt: skip

@@ -74,8 +74,11 @@ class ConversationTemplate:
                 )
             for j, response in enumerate(item.responses):
                 place = f"items.{i}.responses.{j}"
-                if not response:
-                    raise InvalidInput("the response is empty; drop it before scoring", field=place)
+                if not response and not item.allow_empty:
+                    raise InvalidInput(
+                        "the response is empty; drop it, or send allow_empty when the policy really ended its turn at once",
+                        field=place,
+                    )
                 try:
                     texts.append(self.render(item, response))
                 except (TemplateError, ValueError, TypeError) as error:

@@ -84,3 +84,9 @@ def test_what_the_chat_template_refuses_is_the_caller_s_error() -> None:
 def test_the_hash_changes_with_each_rule() -> None:
     assert template().hash == template().hash
     assert len({template().hash, template(65).hash, template(64, "left").hash}) == 3
+
+
+def test_an_empty_response_is_scored_when_the_policy_really_gave_it() -> None:
+    given = item("ok", "").model_copy(update={"allow_empty": True})
+    ok, empty = template().prepare([given])
+    assert 0 < len(empty.token_ids) < len(ok.token_ids)
