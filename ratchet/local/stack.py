@@ -153,6 +153,8 @@ class LocalStack:
         for old in self.files.supervisor.glob("supervisord.log*"):
             old.unlink()  # deaths are counted from it, and those of an earlier stack are not ours
         environment = {
+            # Services share the cores: OpenMP threads that spin while they wait would slow the others down manifold.
+            "OMP_WAIT_POLICY": "passive",
             **os.environ,
             **self.settings.environment,
             STACK_ID_VARIABLE: stack_id,

@@ -106,7 +106,7 @@ class Unavailable(RatchetError):
 
 
 class ConnectionLost(Unavailable):
-    """The connection broke after the request was sent. Whether it took effect is unknown: it is not repeated blindly."""
+    """The connection broke after the request was sent. Whether it took effect is unknown, so it is not sent again."""
 
     code, title, retryable = "connection-lost", "Connection lost", True
 

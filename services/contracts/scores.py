@@ -20,7 +20,7 @@ class ScoreItem(Contract):
     responses: tuple[str, ...] = Field(min_length=1)
     allow_empty: bool = Field(
         default=False,
-        description="Score an empty response too, as what it is: a policy may end its turn at once. Else it is refused.",
+        description="Score an empty response too: a policy may end its turn at once. Else it is refused.",
     )
 
 
