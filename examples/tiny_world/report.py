@@ -10,11 +10,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rich.bar import Bar
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.padding import Padding
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
+
+from services.contracts.runs import Stage
 
 MIB = 1 << 20
 BAR_WIDTH = 30
@@ -91,16 +94,7 @@ def read_json(path: Path) -> DemoReport:
     return DemoReport(**data)
 
 
-HEADERS = (
-    "",
-    "decision",
-    "proxy reward",
-    "gold utility",
-    "gold win rate vs SFT (95 % CI)",
-    "tokens",
-    "KL",
-    "seconds per stage",
-)
+HEADERS = ("", "decision", "proxy reward", "gold utility", "gold win vs SFT (95 % CI)", "tokens", "KL")
 
 
 def rows(report: DemoReport) -> list[tuple[str, ...]]:
@@ -114,10 +108,19 @@ def rows(report: DemoReport) -> list[tuple[str, ...]]:
             "50 %" if it.decision == "baseline" else _percent(it),
             f"{it.response_tokens:.1f}",
             "-" if it.kl is None else f"{it.kl:.2f}",
-            ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in it.seconds_by_stage.items()),
         )
         for it in report.iterations
     ]
+
+
+def stage_rows(report: DemoReport) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and cells of the second table: seconds each stage took, first job's start to last job's end."""
+    stages = [s.value for s in Stage if any(s.value in it.seconds_by_stage for it in report.iterations)]
+    cells = [
+        (it.name, *(f"{it.seconds_by_stage[s]:.1f}" if s in it.seconds_by_stage else "" for s in stages))
+        for it in report.iterations
+    ]
+    return ("seconds", *stages), cells
 
 
 def _percent(it: IterationReport) -> str:
@@ -146,14 +149,21 @@ def facts(report: DemoReport) -> list[str]:
 
 def print_report(report: DemoReport, console: Console) -> None:
     """Table, curves and answers for a terminal."""
-    table = Table(title="A policy that gets better", title_style="bold", header_style="bold", pad_edge=False)
+    table = Table(title="A policy that gets better", title_style="bold", header_style="bold", box=SIMPLE_HEAD)
     for index, name in enumerate(HEADERS):
-        table.add_column(name, justify="right" if 2 <= index <= 6 else "left", overflow="fold")
+        table.add_column(name, justify="right" if index >= 2 else "left", overflow="fold")
     for row, it in zip(rows(report), report.iterations, strict=True):
         table.add_row(*row, style={"promoted": "green", "rejected": "red"}.get(it.decision, ""))
     console.print(table)
+    header, cells = stage_rows(report)
+    stages = Table(header_style="dim", box=None, pad_edge=False)
+    for index, name in enumerate(header):
+        stages.add_column(name, justify="right" if index else "left", style="dim")
+    for cell in cells:
+        stages.add_row(*cell)
+    console.print(Padding(stages, (0, 0, 1, 2)))
     for fact in facts(report):
-        console.print(f"  {fact}", highlight=False)
+        console.print(Padding(Text(fact), (0, 0, 0, 2)))
     console.print(Padding(_curve(report), (1, 2)))
     for example in report.examples:
         body = Group(
@@ -224,7 +234,7 @@ h1 {{ margin-bottom: .2rem; }} .sub {{ opacity: .75; margin-top: 0; }}
 .scroll {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }}
 th, td {{ text-align: left; padding: .35rem .7rem; border-bottom: 1px solid var(--line); vertical-align: top; }}
-td.n, th.n {{ text-align: right; white-space: nowrap; }} td.small {{ font-size: .85em; opacity: .8; }}
+td.n, th.n {{ text-align: right; white-space: nowrap; }} .stages {{ font-size: .85em; opacity: .85; }}
 .promoted {{ color: var(--good); font-weight: 600; }} .rejected {{ color: var(--bad); font-weight: 600; }}
 figure {{ margin: 1.5rem 0; padding: .5rem; border-radius: .5rem; }} figure svg {{ width: 100%; height: auto; }}
 .example {{ border-left: 3px solid var(--line); padding: .1rem 1rem; margin: 1rem 0; }}
@@ -239,6 +249,8 @@ Seed {seed}. The gold judge knows the truth; the loop never saw it.</p>
 <ul>{facts}</ul>
 <h2>The same questions, before and after</h2>
 {examples}
+<h2>Where the time went</h2>
+<div class="scroll"><table class="stages">{stages}</table></div>
 </body></html>
 """
 
@@ -247,7 +259,7 @@ def write_html(report: DemoReport, path: Path) -> None:
     """The report as one self-contained page, readable on a phone, in light and dark."""
 
     def cell(index: int, text: str, decision: str) -> str:
-        kind = "n" if 2 <= index <= 6 else "small" if index == 7 else decision if index == 1 else ""
+        kind = "n" if index >= 2 else decision if index == 1 else ""
         return f'<td class="{kind}">{html.escape(text)}</td>'
 
     body = "".join(
@@ -262,11 +274,19 @@ def write_html(report: DemoReport, path: Path) -> None:
         f'<span class="mark">gold {e.after_utility:.2f}</span></p></div>'
         for e in report.examples
     )
+    header, cells = stage_rows(report)
+    stages = "".join(
+        "<tr>"
+        + "".join(f'<{tag} class="{"n" if i else ""}">{html.escape(c)}</{tag}>' for i, c in enumerate(row))
+        + "</tr>"
+        for tag, row in [("th", header), *(("td", row) for row in cells)]
+    )
     page = PAGE.format(
         count=len(report.iterations) - 1,
         seed=report.seed,
-        head="".join(f'<th class="{"n" if 2 <= i <= 6 else ""}">{html.escape(h)}</th>' for i, h in enumerate(HEADERS)),
+        head="".join(f'<th class="{"n" if i >= 2 else ""}">{html.escape(h)}</th>' for i, h in enumerate(HEADERS)),
         body=body,
+        stages=stages,
         curves=curves_svg(report),
         facts="".join(f"<li>{html.escape(fact)}</li>" for fact in facts(report)),
         examples=examples,

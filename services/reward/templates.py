@@ -76,7 +76,7 @@ class ConversationTemplate:
                 place = f"items.{i}.responses.{j}"
                 if not response and not item.allow_empty:
                     raise InvalidInput(
-                        "the response is empty; drop it, or send allow_empty if the policy really ended its turn at once",
+                        "the response is empty; drop it, or send allow_empty if the policy really ended its turn",
                         field=place,
                     )
                 try:
