@@ -49,7 +49,9 @@ def prepare(train: Path, out: Path, seed: int = 0) -> tuple[Path, Path]:
     """
     rng = random.Random(seed)
     rows: list[tuple[str, str]] = []
-    for number, line in enumerate(train.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(train.read_text(encoding="utf-8").split("\n"), 1):  # not splitlines: U+2028 is text
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             rows.append((row["question"], row["answer"]))

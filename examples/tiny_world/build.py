@@ -55,8 +55,8 @@ class BuildSettings:
     held_out_preference_pairs: int = 400
     contrast_share: float = 0.6
     preference_noise: float = 0.1
-    loop_prompts: int = 600
-    held_out_prompts: int = 200
+    loop_prompts: int = 1440
+    held_out_prompts: int = 400
     world: WorldSettings = field(default_factory=WorldSettings)
 
 

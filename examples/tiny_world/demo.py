@@ -19,6 +19,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean as mean
 from typing import Any
 
 from rich.console import Console
@@ -232,7 +233,7 @@ def judge_run(
     """Judge every iteration's held-out responses by the truth, against those of the SFT model to the same prompts."""
     records = [it.record for it in view.iterations if it.record is not None]
     answers = [heldout_rollouts(client, view.id, record.iteration) for record in records]
-    utilities = [{key: mean_utility(judge, rollout) for key, rollout in each.items()} for each in answers]
+    utilities = [{key: gold_utilities(judge, rollout) for key, rollout in each.items()} for each in answers]
     keys = sorted(set.intersection(*(set(each) for each in utilities)))
     reference = [utilities[0][key] for key in keys]
     rows: list[IterationReport] = []
@@ -245,7 +246,7 @@ def judge_run(
                 version=record.version,
                 decision=record.decision,
                 proxy_reward=record.metrics.proxy_reward or 0.0,
-                gold_utility=sum(mine) / len(mine),
+                gold_utility=mean([mean(each) for each in mine]),
                 gold_win_rate=wins.rate,
                 gold_win_rate_ci=(wins.low, wins.high),
                 response_tokens=record.metrics.response_tokens or 0.0,
@@ -270,26 +271,25 @@ def heldout_rollouts(client: RatchetClient, run: str, iteration: int) -> dict[st
     return found
 
 
-def mean_utility(judge: GoldJudge, rollout: Rollout) -> float:
-    """Mean gold utility of a prompt's responses."""
-    prompt = rollout.messages[-1].content
-    return sum(judge.utility(prompt, response.text) for response in rollout.responses) / len(rollout.responses)
+def gold_utilities(judge: GoldJudge, rollout: Rollout) -> list[float]:
+    """Gold utility of each of a prompt's responses."""
+    return [judge.utility(rollout.messages[-1].content, response.text) for response in rollout.responses]
 
 
 def pick_examples(
-    before: dict[str, Rollout], after: dict[str, Rollout], was: dict[str, float], now: dict[str, float]
+    before: dict[str, Rollout], after: dict[str, Rollout], was: dict[str, list[float]], now: dict[str, list[float]]
 ) -> tuple[Example, ...]:
-    """A fair few: prompts evenly spread over the list sorted by how much the answer changed, the worst included."""
-    keys = sorted(set(before) & set(after), key=lambda key: (now[key] - was[key], key))
+    """A fair few: evenly spread over the prompts by how much the first answer changed, best and worst included."""
+    keys = sorted(set(before) & set(after), key=lambda key: (now[key][0] - was[key][0], key))
     count = min(EXAMPLES_SHOWN, len(keys))
     spread = [keys[round(i * (len(keys) - 1) / max(1, count - 1))] for i in range(count)]
     return tuple(
         Example(
             prompt=before[key].messages[-1].content,
             before=before[key].responses[0].text,
-            before_utility=was[key],
+            before_utility=was[key][0],
             after=after[key].responses[0].text,
-            after_utility=now[key],
+            after_utility=now[key][0],
         )
         for key in reversed(spread)
     )
@@ -297,7 +297,7 @@ def pick_examples(
 
 def read_prompts(path: Path) -> list[str]:
     """The texts of a prompts file made by `build`."""
-    return [json.loads(line)["prompt"] for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line)["prompt"] for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def content_hash(*files: Path, extra: str = "") -> str:

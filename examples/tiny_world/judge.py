@@ -20,9 +20,9 @@ from examples.tiny_world.world import (
     words,
 )
 
-CORRECT_WEIGHT = 0.5
-POLITE_WEIGHT = 0.25
-CONCISE_WEIGHT = 0.25
+CORRECT_WEIGHT = 0.4
+POLITE_WEIGHT = 0.3
+CONCISE_WEIGHT = 0.3
 CONCISE_UP_TO_WORDS = 14
 TOO_LONG_FROM_WORDS = 30
 
@@ -122,23 +122,41 @@ def _concise(length_words: int) -> float:
 
 
 def win_rate(
-    a: Sequence[float], b: Sequence[float], *, tolerance: float = 1e-9, resamples: int = 2000, seed: int = 0
+    a: Sequence[Sequence[float]],
+    b: Sequence[Sequence[float]],
+    *,
+    tolerance: float = 1e-9,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> WinRate:
-    """Compare utilities of two models, item by item (same prompts in the same order).
+    """Compare two models' responses to the same prompts, the i-th of one with the i-th of the other; ties count half.
 
-    The 95 % interval is a percentile bootstrap over items. Raises ValueError if lengths differ or nothing is given.
+    Args:
+        a: Utilities of A, `[prompts][responses]`.
+        b: Utilities of B, the same prompts in the same order, as many responses each.
+
+    Returns:
+        The rate with its 95 % interval, a percentile bootstrap over prompts (responses to one are not independent).
+
+    Raises:
+        ValueError: shapes differ, or nothing is given.
     """
-    if len(a) != len(b) or not a:
-        raise ValueError(f"{len(a)} against {len(b)} utilities: give the same number for both sides, at least one")
-    outcomes = [0.5 if abs(x - y) <= tolerance else float(x > y) for x, y in zip(a, b, strict=True)]
+    if len(a) != len(b) or not a or any(len(x) != len(y) or not x for x, y in zip(a, b, strict=False)):
+        raise ValueError(f"{len(a)} against {len(b)} prompts: give the same prompts, with as many responses each")
+    outcomes = [
+        [0.5 if abs(x - y) <= tolerance else float(x > y) for x, y in zip(ours, theirs, strict=True)]
+        for ours, theirs in zip(a, b, strict=True)
+    ]
+    rates = [sum(each) / len(each) for each in outcomes]
     rng = random.Random(seed)
-    n = len(outcomes)
-    means = sorted(sum(rng.choices(outcomes, k=n)) / n for _ in range(resamples))
+    n = len(rates)
+    means = sorted(sum(rng.choices(rates, k=n)) / n for _ in range(resamples))
+    flat = [outcome for each in outcomes for outcome in each]
     return WinRate(
-        rate=sum(outcomes) / n,
+        rate=sum(rates) / n,
         low=means[int(0.025 * resamples)],
         high=means[int(0.975 * resamples) - 1],
-        wins=outcomes.count(1.0),
-        ties=outcomes.count(0.5),
-        losses=outcomes.count(0.0),
+        wins=flat.count(1.0),
+        ties=flat.count(0.5),
+        losses=flat.count(0.0),
     )

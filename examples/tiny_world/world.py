@@ -1,4 +1,4 @@
-"""The tiny world: made-up towns, three facts about each, questions in many wordings, answers of mixed quality.
+"""The tiny world: made-up towns, two facts about each, questions in many wordings, answers of mixed quality.
 
 Pure and seeded: the same seed gives the same towns, facts and texts. Nothing here needs torch.
 """
@@ -13,21 +13,31 @@ Tone = Literal["polite", "neutral", "rude"]
 
 # fmt: off
 _TOWNS = (
-    "Bramwick", "Dunmere", "Elsford", "Galdane", "Harwick",
-    "Jarrow", "Lorwen", "Mossgate", "Quenby", "Velmora",
+    "Bramwick", "Corvale", "Dunmere", "Elsford", "Fenholt", "Galdane", "Harwick", "Jarrow",
+    "Kelby", "Lorwen", "Mossgate", "Norbury", "Quenby", "Silverton", "Thornby", "Velmora",
 )
 # fmt: on
 
 VALUES: dict[str, tuple[str, ...]] = {
     "river": ("Tarn", "Ousel", "Brenna", "Lisk", "Morrow"),
     "emblem": ("heron", "badger", "otter", "falcon", "stag"),
-    "dish": ("stew", "dumplings", "chowder", "pancakes", "noodles"),
 }
 """The possible values of each attribute. An attribute's name appears in every question about it."""
 
 ATTRIBUTES = tuple(VALUES)
 
-_LEADS = ("", "Hello. ", "Quick question: ", "I am curious. ", "One more thing. ")
+_LEADS = (
+    "",
+    "Hello. ",
+    "Quick question: ",
+    "I am curious. ",
+    "One more thing. ",
+    "Good morning. ",
+    "Excuse me. ",
+    "Just wondering: ",
+    "For my notes: ",
+    "A friend asks: ",
+)
 _TRAIN_WORDINGS = (
     "What is the {a} of {t}?",
     "Tell me the {a} of {t}.",
@@ -71,10 +81,10 @@ class WorldSettings:
     """What a world is made of; probabilities describe the mixture that the SFT model imitates."""
 
     seed: int = 0
-    held_out_towns: int = 3
-    tones: tuple[tuple[Tone, float], ...] = (("polite", 0.3), ("neutral", 0.35), ("rude", 0.35))
-    right_given_tone: tuple[tuple[Tone, float], ...] = (("polite", 0.55), ("neutral", 0.5), ("rude", 0.45))
-    padded: float = 0.5
+    held_out_towns: int = 4
+    tones: tuple[tuple[Tone, float], ...] = (("polite", 0.25), ("neutral", 0.3), ("rude", 0.45))
+    right_given_tone: tuple[tuple[Tone, float], ...] = (("polite", 0.65), ("neutral", 0.6), ("rude", 0.55))
+    padded: float = 0.6
 
 
 @dataclass(frozen=True)

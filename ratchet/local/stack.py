@@ -31,7 +31,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from ratchet.local import processes as system
-from ratchet.local.health import ProcessStatus, observe, ping_redis
+from ratchet.local.health import ProcessStatus, observe, ping_redis, without_password
 from ratchet.local.processes import STACK_ID_VARIABLE, ProcessUsage
 from ratchet.local.records import REDIS, ProcessRecord, StackFolder, StackRecord
 from ratchet.local.settings import StackSettings, service_root
@@ -126,8 +126,8 @@ class LocalStack:
         outside = os.environ.get("REDIS_URL")
         if outside and (problem := ping_redis(outside)):
             raise Unavailable(
-                f"REDIS_URL is {outside}, and that server does not answer: {problem}. Start it, or unset REDIS_URL: "
-                "then the stack runs a Redis of its own",
+                f"REDIS_URL is {without_password(outside)}, and that server does not answer: {problem}. Start it, or "
+                "unset REDIS_URL: then the stack runs a Redis of its own",
                 field="REDIS_URL",
             )
         names = [*([] if outside else [REDIS]), *self.settings.services]
@@ -155,6 +155,8 @@ class LocalStack:
         environment = {
             # Services share the cores: OpenMP threads that spin while they wait would slow the others down manifold.
             "OMP_WAIT_POLICY": "passive",
+            # One's own machine: a hub name given to `ratchet run` is meant. Containers have to be told.
+            "RATCHET_TRAINER_ALLOW_HUB": "true",
             **os.environ,
             **self.settings.environment,
             STACK_ID_VARIABLE: stack_id,

@@ -134,15 +134,19 @@ def recipe(api: Api, world: BuiltWorld, models: tuple[str, str]) -> dict[str, An
     }
 
 
-def test_two_iterations_through_the_public_apis(api: Api, stack: LocalStack, recipe: dict[str, Any]) -> None:
+@pytest.fixture(scope="module")
+def run(api: Api, recipe: dict[str, Any]) -> dict[str, Any]:
+    """A run of two iterations: one asked for when it is created, one triggered afterwards."""
     body = {"id": "e2e", "recipe": recipe}
     assert api("orchestrator", "POST", "/v1/runs", json=body)["id"] == "e2e"
     assert api("orchestrator", "POST", "/v1/runs", json=body)["id"] == "e2e"  # the same run, not a second one
     api.run_ends("e2e", 1)
     api("orchestrator", "POST", "/v1/runs/e2e/iterations", json={"count": 1})
-    view = api.run_ends("e2e", 2)
+    return api.run_ends("e2e", 2)
 
-    records = [it["record"] for it in view["iterations"]]
+
+def test_two_iterations_through_the_public_apis(api: Api, run: dict[str, Any]) -> None:
+    records = [it["record"] for it in run["iterations"]]
     assert [r["iteration"] for r in records] == [0, 1, 2]
     assert records[0]["decision"] == "baseline"
     assert all(r["decision"] in ("promoted", "rejected") and r["reasons"] for r in records[1:])
@@ -157,13 +161,12 @@ def test_two_iterations_through_the_public_apis(api: Api, stack: LocalStack, rec
 
     policy = api("generator", "GET", "/v1/policy")
     assert policy["state"] == "serving"
-    assert policy["version"] == records[-1]["serving"] == view["incumbent"]
+    assert policy["version"] == records[-1]["serving"] == run["incumbent"]
     assert policy["engine_starts"] == 1, "a swap never restarts vLLM"
 
 
-def test_the_store_holds_each_prompt_exactly_once_and_one_version(api: Api, stack: LocalStack) -> None:
-    view = api("orchestrator", "GET", "/v1/runs/e2e")
-    incumbents = [it["record"]["incumbent"] for it in view["iterations"]]
+def test_the_store_holds_each_prompt_exactly_once_and_one_version(stack: LocalStack, run: dict[str, Any]) -> None:
+    incumbents = [it["record"]["incumbent"] for it in run["iterations"]]
     for iteration in (1, 2):
         folder = Path(stack.record.store_url) / f"runs/e2e/iter-{iteration}"
         drawn = datasets.load_dataset("parquet", data_files=str(folder / "prompts.parquet"), split="train")
@@ -175,6 +178,7 @@ def test_the_store_holds_each_prompt_exactly_once_and_one_version(api: Api, stac
         assert all(len(row) == N for row in rollouts["responses"])
 
 
+@pytest.mark.usefixtures("run")
 def test_the_pairs_train_in_stock_trl_as_they_are(stack: LocalStack, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl.trainer.dpo_config import DPOConfig
@@ -197,6 +201,7 @@ def test_the_pairs_train_in_stock_trl_as_they_are(stack: LocalStack, tmp_path: P
     assert trainer.train().training_loss > 0
 
 
+@pytest.mark.usefixtures("run")
 def test_the_official_openai_client_works_unchanged(api: Api, stack: LocalStack) -> None:
     client = openai.OpenAI(base_url=f"{stack.record.url('generator')}/v1", api_key=api.token)
     model = client.models.list().data[0].id
@@ -210,6 +215,7 @@ def test_the_official_openai_client_works_unchanged(api: Api, stack: LocalStack)
         client.chat.completions.create(model="no-such-model", messages=messages)
 
 
+@pytest.mark.usefixtures("run")
 def test_scores_are_raw_and_those_of_the_trained_model(api: Api, world: BuiltWorld) -> None:
     row = json.loads(world.preferences_heldout.read_text().splitlines()[0])
     item = {"messages": row["prompt"], "responses": [row["chosen"][0]["content"], row["rejected"][0]["content"]]}
@@ -219,6 +225,7 @@ def test_scores_are_raw_and_those_of_the_trained_model(api: Api, world: BuiltWor
     assert answer["scores"][0][0] != answer["scores"][0][1]
 
 
+@pytest.mark.usefixtures("run")
 def test_the_event_stream_tells_the_whole_history(api: Api) -> None:
     kinds: list[str] = []
     with api.services["orchestrator"].stream("GET", "/v1/runs/e2e/events", timeout=30) as answer:
@@ -231,6 +238,7 @@ def test_the_event_stream_tells_the_whole_history(api: Api) -> None:
     assert {"job.started", "job.progress", "job.succeeded", "iteration.decided"} <= set(kinds)
 
 
+@pytest.mark.usefixtures("run")
 def test_control_routes_need_the_token_and_vllm_s_own_are_not_reachable(stack: LocalStack) -> None:
     with httpx.Client(base_url=stack.record.url("generator") or "", trust_env=False) as anonymous:
         assert anonymous.put("/v1/policy", json={"checkpoint": "models/sft"}).status_code == 401

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from examples.tiny_world import build as builder
 from examples.tiny_world.build import BuildSettings, BuiltWorld, build
@@ -26,8 +27,8 @@ from examples.tiny_world.world import (
     answer_vocabulary,
     words,
 )
-
-transformers = pytest.importorskip("transformers")
+from services.contracts.recipes import Recipe
+from services.contracts.training import RewardModelConfig, SftConfig
 
 SMALL = BuildSettings(
     seed=3, hidden_size=32, layers=1, attention_heads=1, intermediate_size=32, sft_samples=1500, preference_pairs=300,
@@ -194,13 +195,15 @@ def test_the_judge_ranks_right_plain_polite_above_each_single_fault(
     assert all(judge.utility(question.text, fault) < best for fault in faults)
 
 
-def test_a_right_answer_in_the_worst_style_beats_a_wrong_one_in_the_best(
+def test_a_right_answer_without_manners_beats_a_wrong_one_in_the_best_style(
     judge: GoldJudge, question: Question, truth: str, falsehood: str
 ) -> None:
     padding = "There is so much that one could say about this, and so little room in which to say it all. " * 3
     rude = judge.judge(question.text, f"Ugh, not again. {padding}It is the {truth}.")
     assert (rude.correct, rude.polite, rude.concise) == (1.0, 0.0, 0.0)
-    assert rude.utility > judge.utility(question.text, f"Gladly! It is the {falsehood}.")
+    wrong = judge.utility(question.text, f"Gladly! It is the {falsehood}.")
+    assert judge.utility(question.text, f"It is the {truth}.") > wrong
+    assert judge.utility(question.text, f"Ugh, not again. It is the {truth}.") > wrong
 
 
 @pytest.mark.parametrize("response", ["", "   ", "?!", "<|end|>", "zzz qqq", "The the the the"])
@@ -251,11 +254,13 @@ def test_the_tone_that_was_drawn_is_the_tone_that_is_judged(world: World, judge:
 
 
 def test_win_rate_counts_ties_half_and_its_interval_holds_the_rate() -> None:
-    result = win_rate([1.0, 1.0, 0.5, 0.0], [0.0, 0.5, 0.5, 1.0])
+    result = win_rate([[1.0, 1.0], [0.5, 0.0]], [[0.0, 0.5], [0.5, 1.0]])
     assert (result.wins, result.ties, result.losses, result.rate) == (2, 1, 1, 0.625)
     assert 0.0 <= result.low <= result.rate <= result.high <= 1.0
-    with pytest.raises(ValueError, match="same number"):
-        win_rate([1.0], [])
+    with pytest.raises(ValueError, match="the same prompts"):
+        win_rate([[1.0]], [])
+    with pytest.raises(ValueError, match="as many responses"):
+        win_rate([[1.0]], [[1.0, 0.5]])
 
 
 def test_asking_for_more_prompts_than_the_world_has_is_refused(tmp_path: Path) -> None:
@@ -263,16 +268,20 @@ def test_asking_for_more_prompts_than_the_world_has_is_refused(tmp_path: Path) -
         build(tmp_path, settings=replace(SMALL, loop_prompts=100_000))
 
 
-def test_the_settings_leave_fresh_prompts_for_every_iteration() -> None:
-    settings = tomllib.loads((Path(builder.__file__).parent / "settings.toml").read_text(encoding="utf-8"))
-    needed = settings["loop"]["iterations"] * settings["loop"]["prompts_per_iteration"]
-    assert needed <= BuildSettings().loop_prompts
-    assert settings["evaluation"]["prompts"] <= BuildSettings().held_out_prompts
+def demo_recipe() -> dict[str, Any]:
+    return tomllib.loads((Path(builder.__file__).parent / "recipe.toml").read_text(encoding="utf-8"))
 
 
-def test_the_settings_name_only_fields_that_trl_has() -> None:
-    trl = pytest.importorskip("trl")
-    settings = tomllib.loads((Path(builder.__file__).parent / "settings.toml").read_text(encoding="utf-8"))
-    configs = {"sft": trl.SFTConfig, "reward_model": trl.RewardConfig, "dpo": trl.DPOConfig}
-    for stage, config in configs.items():
-        assert set(settings[stage]) <= set(config.__dataclass_fields__)
+def test_the_demo_s_settings_are_valid_to_the_last_key() -> None:
+    settings = demo_recipe()
+    assert set(settings) == {"environment", "sft", "reward_model", "run"}
+    SftConfig.model_validate(settings["sft"])
+    RewardModelConfig.model_validate(settings["reward_model"])
+    files = {"prompts": {"path": "datasets/p.jsonl"}, "heldout": {"path": "datasets/h.jsonl"}}
+    Recipe.model_validate({**settings["run"], **files, "policy": "models/sft", "reward_model": "models/rm"})
+
+
+def test_the_demo_leaves_fresh_prompts_for_every_iteration() -> None:
+    run = demo_recipe()["run"]
+    assert 3 * run["sampling"]["prompts_per_iteration"] <= BuildSettings().loop_prompts
+    assert run["evaluation"]["max_prompts"] <= BuildSettings().held_out_prompts
