@@ -120,11 +120,12 @@ def read_items(file: Path) -> list[ScoreItem]:
     if not file.is_file():
         raise InvalidInput(f"{file} is not a file", field="file")
     items: list[ScoreItem] = []
-    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+    # Split as bytes: str.splitlines would also cut at U+2028 and the like, which JSON allows inside a text
+    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode("utf-8"))
             prompt = row["prompt"] if "prompt" in row else row["messages"]
             turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             given = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -17,6 +18,8 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 IGNORED_FOLDERS = frozenset({".git", ".cache", "__pycache__"})
+FICLONE = 0x40049409
+"""ioctl of btrfs and XFS: a copy that shares its blocks until one side is written (linux/fs.h)."""
 HASHED_BYTES = 1 << 20
 """Large files are known by size and their first and last MiB; hashing 16 GB would take a minute."""
 
@@ -83,8 +86,9 @@ def _check_header(file: Path, field: str) -> None:
 def stage_model(folder: str | Path, store_url: str | None, field: str = "model") -> str:
     """Put a model folder into the store as `staging/{name}-{hash}`; returns that path.
 
-    Files are hard links when the store is on the same file system, else copies; the folder appears under its name only
-    when it is complete. The same folder gives the same path, and is put there once.
+    Files are copied (sharing blocks where the file system can), never hard-linked: whoever later writes into the folder
+    in place would change what is published. The copy appears under its name only when it is complete. The same folder
+    gives the same path, and is put there once.
 
     Raises:
         InvalidInput: the folder is not a finished model, or the store is not a local folder.
@@ -104,7 +108,7 @@ def stage_model(folder: str | Path, store_url: str | None, field: str = "model")
         for file in files:
             place = partial / file
             place.parent.mkdir(parents=True, exist_ok=True)
-            _link_or_copy(source / file, place)
+            _copy(source / file, place)
         os.rename(partial, target)
     except OSError as error:
         if not target.exists():  # else another process was first, with the same content
@@ -156,8 +160,10 @@ def _fingerprint(source: Path, files: list[Path]) -> str:
     return digest.hexdigest()[:12]
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+def _copy(source: Path, target: Path) -> None:
+    with source.open("rb") as read, target.open("wb") as written:
+        try:
+            fcntl.ioctl(written, FICLONE, read.fileno())
+        except OSError:  # another file system, or one without shared blocks
+            shutil.copyfileobj(read, written, HASHED_BYTES)
+    shutil.copystat(source, target)

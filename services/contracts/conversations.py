@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from services.contracts.model import Contract
 
@@ -18,6 +18,15 @@ class Message(Contract):
 
     role: Role
     content: str
+
+    @field_validator("content")
+    @classmethod
+    def _is_text(cls, value: str) -> str:
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"is not Unicode text: half a surrogate pair at character {error.start}") from error
+        return value
 
 
 class Prompt(Contract):

@@ -76,9 +76,12 @@ class CheckpointRefused(RatchetError):
 
 
 class SwapFailed(RatchetError):
-    """A policy could not be loaded or did not prove itself; the message says what is served now."""
+    """A policy could not be loaded or did not prove itself; the message says what is served now.
 
-    status, code, title = 502, "swap-failed", "Policy swap failed"
+    Retryable, for the engine may have died of something else just then; a job's attempts bound it.
+    """
+
+    status, code, title, retryable = 502, "swap-failed", "Policy swap failed", True
 
 
 class ScoreInvalid(RatchetError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from services.contracts.conversations import Message
 from services.contracts.model import Contract, TokenIds
@@ -31,12 +31,16 @@ class LengthPenalty(Contract):
     Applied before selection, and the pair keeps the orientation that the penalised rewards give.
     """
 
+    model_config = ConfigDict(allow_inf_nan=False)
+
     weight: float = Field(ge=0.0)
     unit: Literal["characters", "tokens"] = "characters"
 
 
 class PairRules(Contract):
     """How pairs are made from scored rollouts."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     rule: PairRuleName = "best_worst"
     length_penalty: LengthPenalty | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from services.contracts.model import Contract, Name, StorePath
 from services.contracts.pairs import PairRules
@@ -41,11 +41,13 @@ class SamplingRecipe(Contract):
 class EvaluationRecipe(Contract):
     """How a candidate is judged: on held-out prompts, with the same seeds as the incumbent."""
 
+    model_config = ConfigDict(allow_inf_nan=False)
+
     max_prompts: int = Field(default=512, ge=2, description="Held-out prompts used (the first ones of the file).")
-    n: int = Field(default=1, ge=1, description="Responses per held-out prompt; their mean is compared.")
-    temperature: float = Field(default=1.0, ge=0.0)
+    n: int = Field(default=1, ge=1, le=1024, description="Responses per held-out prompt; their mean is compared.")
+    temperature: float = Field(default=1.0, ge=0.0, le=10.0)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    max_tokens: int | None = Field(default=None, description="Default: as in sampling.")
+    max_tokens: int | None = Field(default=None, ge=1, description="Default: as in sampling.")
     chunk_size: int = Field(default=64, ge=1)
     measure_kl: bool = Field(
         default=True, description="Load the reference beside the scorer and estimate KL(policy || reference)."
@@ -54,6 +56,8 @@ class EvaluationRecipe(Contract):
 
 class GateRecipe(Contract):
     """When a candidate is promoted."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     alpha: float = Field(
         default=0.05, gt=0.0, lt=1.0, description="One-sided level of the paired test on held-out rewards."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from services.contracts.model import Contract, StorePath
 
@@ -13,6 +13,8 @@ Schedule = Literal["constant", "linear", "cosine"]
 
 class TrainingConfig(Contract):
     """Settings that every kind of training has."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     learning_rate: float = Field(gt=0.0)
     lr_scheduler_type: Schedule = "cosine"

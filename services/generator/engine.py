@@ -155,7 +155,7 @@ class Engine:
 
     async def _forward_log(self, log_file: Path | None) -> None:
         assert self._process.stdout is not None
-        sink: IO[str] = log_file.open("a", buffering=1) if log_file else sys.stdout
+        sink = _open_log(log_file)
         try:
             while True:
                 try:
@@ -166,10 +166,24 @@ class Engine:
                     break
                 text = line.decode(errors="replace").rstrip("\n")
                 self._tail.append(text[:500])
-                print(text, file=sink, flush=True)
+                with contextlib.suppress(OSError):  # a full disk must not look like a dead vLLM
+                    print(text, file=sink, flush=True)
             await self._process.wait()
             self._kill_group()
         finally:
             self.died.set()
-            if log_file:
-                sink.close()
+            if sink is not sys.stdout:
+                with contextlib.suppress(OSError):
+                    sink.close()
+
+
+def _open_log(log_file: Path | None) -> IO[str]:
+    """Where vLLM's log goes. Without a reader vLLM would stand still at a full pipe, so stdout takes it at least."""
+    if log_file is None:
+        return sys.stdout
+    try:
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        return log_file.open("a", buffering=1)
+    except OSError as error:
+        log.error("engine_log_unwritable", path=str(log_file), problem=str(error), then="vLLM's log goes to stdout")
+        return sys.stdout

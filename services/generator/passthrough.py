@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from services.contracts.errors import InvalidInput, RatchetError, Unavailable
+from services.contracts.errors import RatchetError, TooLarge, Unavailable
 from services.contracts.problems import PROBLEM_MEDIA_TYPE
 from services.generator import metrics
 from services.generator.engine_client import transport_error
@@ -45,12 +45,24 @@ def openai_error(error: RatchetError, instance: str | None = None) -> JSONRespon
 
 async def pass_through(request: Request, policy: PolicyServer) -> Response:
     """The answer to an OpenAI request: vLLM's, streamed when vLLM streams, with `X-Policy-Version`."""
-    body = await request.body()
     request_id = getattr(request.state, "request_id", None)
-    if len(body) > MAX_BODY_BYTES:
-        error = InvalidInput(f"the body has {len(body):,} bytes; the limit is {MAX_BODY_BYTES:,}", field="body")
+    try:
+        body = await _body(request)
+    except TooLarge as error:
         return openai_error(error, request_id)
     return PassThrough(request, body, policy, request_id)
+
+
+async def _body(request: Request) -> bytes:
+    """The body, refused as soon as it is too large: this route needs no token, and memory is not the caller's."""
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > MAX_BODY_BYTES:
+            raise TooLarge(
+                f"the body is larger than {MAX_BODY_BYTES:,} bytes; no context holds such a prompt", field="body"
+            )
+    return bytes(body)
 
 
 class PassThrough(Response):

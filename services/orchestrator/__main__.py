@@ -5,7 +5,8 @@ from __future__ import annotations
 from services.orchestrator.app import create_app
 from services.orchestrator.settings import OrchestratorSettings
 from services.platform.service import run_service
+from services.platform.settings import settings_from_environment
 
 if __name__ == "__main__":
-    settings = OrchestratorSettings()  # pyright: ignore[reportCallIssue]  # token and store come from the environment
+    settings = settings_from_environment(OrchestratorSettings)
     run_service("orchestrator", lambda: create_app(settings), settings)

@@ -27,8 +27,8 @@ log = get_logger(__name__)
 BLOCK_SECONDS = 1.0
 """A turn waits this long for a message, so a stop is seen within it."""
 CONSUMER = "conductor"
-GENERATOR_QUEUES = frozenset({"generate", "control"})
-"""Jobs of these queues decide what the generator serves; only one run may have any."""
+SERVING_QUEUES = frozenset({"generate", "score", "control"})
+"""Jobs of these queues decide which policy and which scorers are served; only one run may have any."""
 
 RUNS = Gauge("ratchet_runs", "Runs by status.", ["status"])
 ENQUEUED = Counter("ratchet_jobs_enqueued_total", "Jobs the conductor enqueued.", ["kind"])
@@ -54,6 +54,7 @@ class Conductor:
         self.active: str | None = None
         self.last_turn_at = time.monotonic()
         self._statuses: dict[str, RunStatus] = {}
+        self._left_out: dict[str, str] = {}
         self._me = uuid.uuid4().hex
         self._lease_key = f"{self.queue.settings.key_prefix}:conductor"
         self._outage = Outage(self.queue.redis, self.queue.settings.reconnect_max_seconds)
@@ -107,9 +108,9 @@ class Conductor:
             runbook = self.snapshots.runbook
             if refresh:
                 await asyncio.to_thread(runbook.refresh)
-            shots = {run: await self.snapshots.take(run) for run in runbook.ids()}
+            shots = {run: shot for run in runbook.ids() if (shot := await self._look(run)) is not None}
             plans = {run: shot.plan for run, shot in shots.items()}
-            self.active = choose(plans, {run: _holds(shot) for run, shot in shots.items()}, self.active)
+            self.active = choose(plans, {run: holds_services(shot) for run, shot in shots.items()}, self.active)
             for shot in shots.values():
                 for job_id in shot.plan.cancel:
                     await self.queue.cancel(job_id)
@@ -117,6 +118,21 @@ class Conductor:
                 await self._enqueue(shots[self.active])
         await self._tell(plans)
         self.trials.look(shots, busy=self.active is not None)
+
+    async def _look(self, run: str) -> Snapshot | None:
+        """The run's snapshot. One that cannot be read is logged and left out, so that it does not stop the others; the
+        run that works is waited for instead, for another must not take the generator from it."""
+        try:
+            shot = await self.snapshots.take(run)
+        except RatchetError as error:
+            if run == self.active:
+                raise
+            if self._left_out.get(run) != error.detail:
+                log.error("run_unreadable", run=run, problem=error.detail)
+            self._left_out[run] = error.detail
+            return None
+        self._left_out.pop(run, None)
+        return shot
 
     async def _enqueue(self, shot: Snapshot) -> None:
         for request in shot.plan.requests:
@@ -165,8 +181,8 @@ def choose(plans: Mapping[str, Plan], holds: Mapping[str, bool], current: str | 
 
     Args:
         plans: By run, oldest first.
-        holds: Whether jobs of the run that use the generator are queued or running; such a run is waited for, even
-            when it was paused or cancelled meanwhile.
+        holds: Whether jobs of the run that use the generator or the scorers are queued or running; such a run is waited
+            for, even when it was paused or cancelled meanwhile.
         current: The run that worked until now; it is not interrupted by an older one that was resumed.
     """
     for run in plans:
@@ -183,8 +199,9 @@ def shown_status(planned: Plan, *, active: bool) -> RunStatus:
     return RunStatus.QUEUED if planned.status is RunStatus.RUNNING and not active else planned.status
 
 
-def _holds(shot: Snapshot) -> bool:
-    return any(shot.jobs[id].queue in GENERATOR_QUEUES for id in shot.plan.live)
+def holds_services(shot: Snapshot) -> bool:
+    """Whether a job of the run that decides what the generator or the reward service holds is queued or running."""
+    return any(shot.jobs[id].queue in SERVING_QUEUES for id in shot.plan.live)
 
 
 async def _pause(stop: asyncio.Event, seconds: float) -> None:

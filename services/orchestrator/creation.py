@@ -33,6 +33,8 @@ def create_run(runbook: Runbook, request: RunRequest) -> tuple[RunRecord, bool]:
     """
     recipe, store = request.recipe, runbook.store
     run = request.id or f"{recipe.name[:60]}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    if run == "models":  # its policies would be versions `models/iter-1`, as of a model that is named iter-1
+        raise InvalidInput("a run cannot be called 'models', which is the store's folder of models", field="id")
     if store.exists(layout.run_file(run)):
         known = runbook.record(run)
         if known.recipe != recipe:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from asyncio import FIRST_COMPLETED
 from collections.abc import AsyncGenerator, AsyncIterator
 
 from services.contracts.jobs import Event
@@ -21,10 +22,13 @@ async def event_lines(
     following = events.follow(topic, after, stop=stop)
     upcoming: asyncio.Task[Event | None] | None = None
     yield KEEPALIVE  # headers and a first byte at once, so that a reader knows it is connected
+    stopped = asyncio.create_task(stop.wait())
     try:
         while True:
             upcoming = upcoming or asyncio.create_task(_next(following))
-            done, _ = await asyncio.wait({upcoming}, timeout=keepalive_seconds)
+            done, _ = await asyncio.wait({upcoming, stopped}, timeout=keepalive_seconds, return_when=FIRST_COMPLETED)
+            if stop.is_set() and upcoming not in done:
+                return  # not after the read has ended: Redis may hang
             if not done:
                 yield KEEPALIVE
                 continue
@@ -33,6 +37,7 @@ async def event_lines(
                 return
             yield f"id: {event.id}\nevent: {event.type}\ndata: {event.model_dump_json()}\n\n"
     finally:
+        stopped.cancel()
         if upcoming is not None:
             upcoming.cancel()
             await asyncio.gather(upcoming, return_exceptions=True)

@@ -74,15 +74,12 @@ def prompt_of(row: dict[str, Any]) -> Prompt:
     """The prompt of one row. Raises LineError."""
     for column, reader in READERS.items():
         if row.get(column) is not None:
-            messages = reader(row[column], column)
-            break
-    else:
-        shown = ", ".join(sorted(row)[:8]) or "none"
-        raise LineError(f"has none of the columns {', '.join(READERS)} (its columns: {shown})")
-    try:
-        return Prompt.of(messages)
-    except ValidationError as error:
-        raise LineError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
+            try:
+                return Prompt.of(reader(row[column], column))
+            except ValidationError as error:
+                raise LineError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
+    shown = ", ".join(name.encode(errors="backslashreplace").decode() for name in sorted(row)[:8]) or "none"
+    raise LineError(f"has none of the columns {', '.join(READERS)} (its columns: {shown})")
 
 
 def _text(value: object, column: str) -> tuple[Message, ...]:
@@ -203,5 +200,5 @@ def _parquet(data: bytes, field: str) -> Iterator[tuple[str, dict[str, Any] | Li
             for row in table.to_pylist():
                 number += 1
                 yield f"row {number}", row
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a value that Python has no type for
         raise InvalidInput(f"the file is not readable Parquet: {error}", field=field) from error

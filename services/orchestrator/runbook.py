@@ -69,6 +69,12 @@ class Runbook:
         except NotFound:
             return RunControl(iterations=self.record(run).recipe.iterations)
 
+    def reread_control(self, run: str) -> RunControl:
+        """`control`, as the store has it now: another orchestrator, waiting to take over, may have changed it."""
+        with self._lock:
+            self._controls[run] = self._read_control(run)
+            return self._controls[run]
+
     def write_control(self, run: str, control: RunControl) -> None:
         """Record what people ask of the run, before anything else happens."""
         with self._lock:

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from services.contracts import layout
-from services.contracts.errors import Conflict, InvalidInput, NotFound, Unavailable
+from services.contracts.errors import Conflict, ConnectionLost, InvalidInput, NotFound, Unavailable
 from services.contracts.jobs import JobState
 from services.contracts.runs import (
     IterationsRequest,
@@ -46,12 +46,16 @@ class RunService:
 
     async def create(self, request: RunRequest) -> RunCreated:
         """Create a run and start it. Raises InvalidInput, Conflict."""
+        once = request.id is None
+        if once:
+            await self._reach("create a run")
         async with self._creating:
             record, new = await asyncio.to_thread(create_run, self.runbook, request)
         data = {"iterations": record.recipe.iterations, "warnings": list(record.warnings)}
-        await self._tell(record.id, "run.created" if new else None, data)
-        shot = await self._take(record.id)
-        return RunCreated(id=record.id, status=self._status(shot), warnings=record.warnings)
+        async with self._written(f"run {record.id} is created", once=once):
+            await self._tell(record.id, "run.created" if new else None, data)
+            shot = await self._take(record.id)
+            return RunCreated(id=record.id, status=self._status(shot), warnings=record.warnings)
 
     async def list(self) -> list[RunView]:
         """All runs, newest first."""
@@ -83,7 +87,7 @@ class RunService:
                 raise Conflict(f"run {run} is cancelled; resume it first", field="id")
             return control.model_copy(update={"iterations": control.iterations + request.count})
 
-        return await self._change(run, "iterations", change, {"count": request.count})
+        return await self._change(run, "iterations", change, {"count": request.count}, once=True)
 
     async def pause(self, run: str) -> RunView:
         """Enqueue nothing more; what runs, ends (a chunk, a training)."""
@@ -136,16 +140,59 @@ class RunService:
             return control.model_copy(update={"rollbacks": (*control.rollbacks, rollback)})
 
         data = {"to_iteration": request.to_iteration, "reason": request.reason}
-        return await self._change(run, "rollback", change, data)
+        return await self._change(run, "rollback", change, data, once=True)
 
     async def _change(
-        self, run: str, action: str, change: Callable[[RunControl], RunControl], data: dict[str, Any] | None = None
-    ) -> RunView:
-        """Write a changed control to the store, then tell. Under the conductor's lock, so no plan is made between."""
-        async with self.conductor.lock:
+        self, run: str, action: str, change: Callable[[RunControl], RunControl], data: dict[str, Any] | None = None,
+        *, once: bool = False,
+    ) -> RunView:  # fmt: skip
+        """Write a changed control to the store, then tell. Under the conductor's lock, so no plan is made between.
+
+        Args:
+            once: Doing it twice is not doing it once. So it is done only while Redis answers, and if Redis goes just
+                then, the error is one that no client answers by sending the request again.
+        """
+        if once:
+            await self._reach(f"do this ({action})")
+        async with self._no_plan_made():
             await asyncio.to_thread(self._write, run, change)
-        await self._tell(run, "run.control", {"action": action, **(data or {})})
-        return await self.view(run)
+        async with self._written(f"the change ({action}) of run {run} is written", once=once):
+            await self._tell(run, "run.control", {"action": action, **(data or {})})
+            return await self.view(run)
+
+    async def _reach(self, doing: str) -> None:
+        async with self._redis(f"{doing}; nothing was changed"):
+            await self.queue.redis.ping()
+
+    @asynccontextmanager
+    async def _no_plan_made(self) -> AsyncGenerator[None]:
+        """The conductor's lock, within a deadline: it is held over calls to Redis, which may hang."""
+        try:
+            async with asyncio.timeout(self.settings.control_seconds):
+                await self.conductor.lock.acquire()
+        except TimeoutError as error:
+            raise Unavailable(
+                f"the conductor is waiting for Redis or the store for more than {self.settings.control_seconds:g} s; "
+                "nothing was changed",
+                retry_after_seconds=5,
+            ) from error
+        try:
+            yield
+        finally:
+            self.conductor.lock.release()
+
+    @staticmethod
+    @asynccontextmanager
+    async def _written(what: str, *, once: bool) -> AsyncGenerator[None]:
+        """After a change that counts each time: an outage from here on is not to be answered by asking again."""
+        try:
+            yield
+        except Unavailable as error:
+            if not once:
+                raise
+            raise ConnectionLost(
+                f"{what} and takes effect when Redis is back; do not ask again. {error.detail}"
+            ) from error
 
     async def check_events(self, run: str, after: str) -> None:
         """Before a stream is opened: the run exists, the event id is one, Redis answers. Raises what is wrong."""
@@ -155,7 +202,7 @@ class RunService:
 
     def _write(self, run: str, change: Callable[[RunControl], RunControl]) -> None:
         self.runbook.record(run)
-        control = self.runbook.control(run)
+        control = self.runbook.reread_control(run)
         changed = change(control)
         if changed != control:
             self.runbook.write_control(run, changed)

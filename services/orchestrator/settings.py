@@ -23,7 +23,9 @@ class OrchestratorSettings(ServiceSettings):
         default=180.0, gt=0.0, description="Not alive when the conductor has not planned for so long."
     )
     control_seconds: float = Field(
-        default=15.0, gt=0.0, description="How long `resume` waits for jobs that are still being cancelled."
+        default=15.0,
+        gt=0.0,
+        description="How long `resume` waits for jobs that are being cancelled, and any change for the conductor.",
     )
 
     generate_concurrency: int = Field(

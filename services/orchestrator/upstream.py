@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from services.contracts.checkpoints import PolicyInfo, PolicySpec
-from services.contracts.errors import PolicyMismatch, RatchetError, Unavailable, UpstreamFailed
+from services.contracts.errors import PolicyMismatch, RatchetError, SwapFailed, Unavailable, UpstreamFailed
 from services.contracts.layout import version_of
 from services.contracts.recipes import Recipe
 from services.contracts.scores import ScorerInfo, ScorerSpec
@@ -38,7 +38,8 @@ class Upstream:
         """Do a call; while its service is down, starting or overloaded, wait and try again, saying so in the progress.
 
         Raises:
-            RatchetError: any other problem at once; the last one when `wait_seconds` are over.
+            RatchetError: any other problem at once, a failed swap too (each costs the traffic a pause, so only the
+                job's attempts repeat it); the last one when `wait_seconds` are over.
         """
         deadline = time.monotonic() + self.settings.wait_seconds
         waiting = False
@@ -47,7 +48,7 @@ class Upstream:
                 answer = await call()
             except RatchetError as error:
                 pause = max(self.settings.wait_pause_seconds, error.retry_after_seconds or 0.0)
-                if not error.retryable or time.monotonic() + pause > deadline:
+                if isinstance(error, SwapFailed) or not error.retryable or time.monotonic() + pause > deadline:
                     raise
                 if not waiting:
                     log.warning("waiting_for_service", problem=error.detail)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import httpx
 import stamina
-from pydantic import BaseModel, SecretStr
+from pydantic import BaseModel, SecretStr, ValidationError
 
 from services.contracts import errors
 from services.contracts.problems import Problem
@@ -83,7 +83,14 @@ class ServiceClient:
             RatchetError: the service's own problem, or `Unavailable` / `DeadlineExceeded` naming service and deadline.
         """
         response = await self.send(method, path, body=body, timeout_seconds=timeout_seconds, params=params)
-        return answer.model_validate_json(response.content)
+        try:
+            return answer.model_validate_json(response.content)
+        except ValidationError as error:
+            first = error.errors(include_input=False)[0]
+            raise errors.UpstreamFailed(
+                f"{self.name} at {self.base_url} answered {method} {path} with something that is no {answer.__name__} "
+                f"({'.'.join(map(str, first['loc'])) or 'body'}: {first['msg']}); do both run the same version?"
+            ) from error
 
     async def send(self, method: str, path: str, *, body: BaseModel | None = None, content: bytes | None = None,
                    timeout_seconds: float = CALL_SECONDS, params: dict[str, Any] | None = None,

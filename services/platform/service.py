@@ -33,6 +33,9 @@ REQUEST_SECONDS = Histogram(
     "ratchet_http_request_seconds", "Time from request to end of the answer.", ["service", "method", "route"]
 )
 
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+"""Any other word a caller sends as a method is counted as one, or each would be a metric series of its own."""
+
 Health = Callable[[], Awaitable[str | None]]
 """Returns None when healthy, else one sentence that says what is wrong."""
 
@@ -115,10 +118,9 @@ class RequestMiddleware:
                 await self.app(scope, receive, send_with_id)
             finally:
                 route = getattr(scope.get("route"), "path", "unmatched")
-                REQUESTS.labels(self.service, scope["method"], route, status).inc()
-                REQUEST_SECONDS.labels(self.service, scope["method"], route).observe(
-                    asyncio.get_running_loop().time() - started
-                )
+                method = scope["method"] if scope["method"] in METHODS else "other"
+                REQUESTS.labels(self.service, method, route, status).inc()
+                REQUEST_SECONDS.labels(self.service, method, route).observe(asyncio.get_running_loop().time() - started)
 
 
 def problem_response(problem: Problem, headers: dict[str, str] | None = None) -> JSONResponse:

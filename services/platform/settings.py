@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
-from pydantic import Field, SecretStr, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 MIN_TOKEN_CHARACTERS = 16
 """A shorter token is guessable; `ratchet up` makes one of 43 characters."""
@@ -15,7 +16,8 @@ MIN_TOKEN_CHARACTERS = 16
 class ServiceSettings(BaseSettings):
     """Settings common to the four services. Variables are prefixed `RATCHET_`; unknown ones are not read."""
 
-    model_config = SettingsConfigDict(env_prefix="RATCHET_", extra="ignore", frozen=True)
+    # Without hide_input_in_errors the error for any missing variable prints all that are set, the token among them.
+    model_config = SettingsConfigDict(env_prefix="RATCHET_", extra="ignore", frozen=True, hide_input_in_errors=True)
 
     token: SecretStr = Field(description="Bearer token of the control routes. There is no default: set RATCHET_TOKEN.")
     store_url: str = Field(description="Artifact store: a folder, or an fsspec URL such as s3://bucket/ratchet.")
@@ -42,3 +44,22 @@ class ServiceSettings(BaseSettings):
     @classmethod
     def _absolute(cls, value: str) -> str:
         return value if "://" in value else str(Path(value).resolve())
+
+
+Settings = TypeVar("Settings", bound=ServiceSettings)
+
+
+def settings_from_environment(kind: type[Settings]) -> Settings:
+    """A service's settings. Exits 2 with a line for each variable that is missing or wrong; none shows its value."""
+    try:
+        return kind()  # pyright: ignore[reportCallIssue]  # required values come from the environment
+    except SettingsError as error:  # a list or table that is not JSON; it names the field
+        print(f"{error} (written as JSON in the variable)", file=sys.stderr)
+        raise SystemExit(2) from None
+    except ValidationError as error:
+        for item in error.errors(include_input=False):
+            name, field = str(item["loc"][0]), kind.model_fields.get(str(item["loc"][0]))
+            about = f" ({field.description})" if field is not None and field.description else ""
+            told = "is not set" if item["type"] == "missing" else item["msg"].removeprefix("Value error, ")
+            print(f"RATCHET_{name.upper()}: {told}{about}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -2,6 +2,8 @@
 
 A file is written under a temporary name and renamed; a folder counts only once its manifest is there. Publishing is
 *first writer wins*: when two attempts of one job race, the second finds the first's complete result and adopts it.
+In an object store a file (and a folder's manifest) is created by one conditional write; the other files of a folder
+are not, so two trainings that finish at once could mix there: the manifest's hashes show it, and it is refused.
 """
 
 # fsspec ships no types:
@@ -43,7 +45,10 @@ class ArtifactStore:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        filesystem, root = fsspec.core.url_to_fs(url)
+        try:
+            filesystem, root = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise StoreError(f"the artifact store {url!r} cannot be opened: {error}", field="store_url") from error
         self._fs = filesystem
         self._root = root.rstrip("/")
         self.is_local = "file" in (
@@ -74,7 +79,11 @@ class ArtifactStore:
 
     def exists(self, path: str) -> bool:
         """Whether a file (or folder) is there."""
-        return bool(self._fs.exists(self._full(path)))
+        full = self._full(path)
+        try:
+            return bool(self._fs.exists(full))
+        except OSError as error:
+            raise StoreError(f"{path} cannot be looked for in {self.url}: {error}") from error
 
     def read_bytes(self, path: str) -> bytes:
         """A file's bytes. Raises NotFound."""
@@ -98,6 +107,8 @@ class ArtifactStore:
             entries = self._fs.ls(self._full(folder), detail=False, refresh=True)
         except (FileNotFoundError, NotADirectoryError):
             return []
+        except OSError as error:
+            raise StoreError(f"{folder} cannot be listed in {self.url}: {error}") from error
         names = [str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in entries]
         return sorted(name for name in names if PATH_PATTERN.fullmatch(name))
 
@@ -117,10 +128,7 @@ class ArtifactStore:
         full = self._full(path)
         try:
             if not self.is_local:
-                if not replace and self._fs.exists(full):
-                    return False
-                self._fs.pipe_file(full, data)
-                return True
+                return self._put(full, data, replace=replace)
             parent, name = os.path.split(full)
             os.makedirs(parent, exist_ok=True)
             temporary = f"{parent}/.tmp-{name}-{uuid.uuid4().hex[:8]}"
@@ -142,6 +150,19 @@ class ArtifactStore:
                     os.unlink(temporary)
         except OSError as error:
             raise StoreError(f"{path} cannot be written to {self.url}: {error.strerror or error}") from error
+
+    def _put(self, full: str, data: bytes, *, replace: bool) -> bool:
+        """Write to an object store. `create` is one conditional request there (S3: If-None-Match)."""
+        if replace:
+            self._fs.pipe_file(full, data)
+            return True
+        if self._fs.exists(full):
+            return False
+        try:
+            self._fs.pipe_file(full, data, mode="create")
+        except FileExistsError:
+            return False
+        return True
 
     @contextmanager
     def scratch_folder(self) -> Generator[Path]:
@@ -215,8 +236,7 @@ class ArtifactStore:
             for file in sorted(local.rglob("*")):
                 if file.is_file() and file.name != MANIFEST_NAME:
                     self._fs.put_file(str(file), f"{full}/{file.relative_to(local)}")
-            self._fs.put_file(str(local / MANIFEST_NAME), f"{full}/{MANIFEST_NAME}")
-            return True
+            return self._put(f"{full}/{MANIFEST_NAME}", (local / MANIFEST_NAME).read_bytes(), replace=False)
         except OSError as error:
             raise StoreError(f"{path} cannot be written to {self.url}: {error.strerror or error}") from error
 

@@ -32,6 +32,8 @@ SHAPELESS_KEYS = frozenset(
     }
 )  # fmt: skip
 """Of config.json: what does not change which weights fit or what they compute."""
+HEADS = ("score.", "classifier.")
+"""Where transformers' sequence classifiers keep the head that a policy has not."""
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -80,8 +82,9 @@ def load_model(folder: Path, kind: CheckpointKind, *, num_labels: int | None = N
         )  # fmt: skip
     except (RuntimeError, ValueError, OSError, KeyError) as error:
         raise CheckpointRefused(f"{folder.name}: the model does not load: {str(error).strip()[:500]}") from error
-    missing = sorted(info["missing_keys"])
-    if missing and num_labels is None:
+    # A new head is random by intent; the body under it never is.
+    missing = sorted(key for key in info["missing_keys"] if num_labels is None or not key.startswith(HEADS))
+    if missing:
         raise CheckpointRefused(
             f"{folder.name}: the weights lack {len(missing)} tensors that {type(model).__name__} needs "
             f"({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}); they would be random. Import whole weights"

@@ -73,8 +73,8 @@ def _read(data: bytes, path: str, parse: Any) -> list[Any]:
     if errors:
         more = f"; and {len(errors) - SHOWN_ERRORS} more" if len(errors) > SHOWN_ERRORS else ""
         raise InvalidInput(
-            f"{path}: {'; '.join(errors[:SHOWN_ERRORS])}{more}. Mend these lines, or upload the data with "
-            "on_error=skip, which leaves them out and counts them.",
+            f"{path}: {'; '.join(errors[:SHOWN_ERRORS])}{more}. Mend or remove these lines and upload the file again; "
+            "training data is never skipped silently",
             field="data",
         )
     if not rows:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset
+from transformers import AutoConfig
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
@@ -48,6 +49,7 @@ def run_dpo(task: Task, job: DpoJob) -> TrainingResult:
     check_tokenizers(start_manifest, reference_manifest, files)
     hashes = {path: hashlib.sha256(content).hexdigest() for path, content in files.items()}
     tokenizer = load_tokenizer(start)
+    check_config(job.config, AutoConfig.from_pretrained(str(start), local_files_only=True, trust_remote_code=False))
     pairs, dropped = fitting_pairs([pair for content in files.values() for pair in from_parquet(content, Pair)], job)
     check_token_ids(pairs, tokenizer)
 
@@ -69,7 +71,6 @@ def run_dpo(task: Task, job: DpoJob) -> TrainingResult:
     gc.collect()
 
     model = load_model(start, "policy")
-    check_config(job.config, model.config)
     windows = candidate_windows(
         [w for p in pairs for w in ((p.prompt_ids, p.chosen_ids), (p.prompt_ids, p.rejected_ids))]
     )

@@ -16,7 +16,7 @@ from services.contracts.training import ImportModelJob, TrainingResult
 from services.trainer.checkpoints import load_model, load_tokenizer, safetensors_header
 from services.trainer.probes import candidate_windows, logprob_probes, score_probes
 from services.trainer.task import Finished, Task, publish
-from services.trainer.tokens import encode_conversations, render
+from services.trainer.tokens import encode_conversations, end_tokens, render
 
 DESCRIPTION_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
@@ -202,10 +202,10 @@ def _finish_reward_model(task: Task, tokenizer: Any, model: Any) -> Finished:
     labels = model.config.num_labels
     if labels != 1:
         raise _refused(f"the classifier has {labels} labels, and a reward model must have exactly 1 (its raw score)")
-    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    pad = tokenizer.pad_token_id
     if pad is None or model.config.pad_token_id is None:
         raise _refused("the tokenizer or config.json has no pad token, so a padded batch has no last token to score")
-    if pad == eos:
+    if pad in end_tokens(tokenizer, model.config):
         raise _refused(
             f"pad and eos are the same token ({pad}): transformers scores the token before eos and vLLM eos itself, so "
             "one reward model would give two scores. Give it a pad token of its own, resize, and train or save it again"

@@ -17,7 +17,7 @@ from services.platform.jobs import Handler, JobContext
 from services.platform.logs import get_logger
 from services.platform.service import field_errors
 from services.platform.store import ArtifactStore
-from services.trainer.process import Launcher, TrainingChild, TrainingKilled
+from services.trainer.process import END_SECONDS, Launcher, TrainingChild, TrainingKilled
 from services.trainer.protocol import ChildJob, ChildMessage
 from services.trainer.published import published_result
 from services.trainer.settings import TrainerSettings
@@ -128,7 +128,7 @@ class TrainingJobs:
             return last.result
         if last is not None and last.problem is not None:
             raise _reported(last.problem, last.retryable)
-        raise _ended(await child.ended(), child, workspace, context)
+        raise _ended(await child.ended(END_SECONDS), child, workspace, context)
 
 
 class _Retryable(RatchetError):

@@ -26,6 +26,8 @@ LINE_BYTES = 16 << 20
 SECRET_VARIABLES = ("RATCHET_TOKEN", "RATCHET_REDIS_URL")
 """Not handed to the child: it needs neither, and what it has may end in a log."""
 REPOSITORY = Path(__file__).parents[2]
+END_SECONDS = 60.0
+"""From the end of a child's messages to its own: an interpreter that tears down torch and CUDA takes a few."""
 
 
 class TrainingKilled(RatchetError):
@@ -83,9 +85,19 @@ class TrainingChild:
             yield message
             limit, what = stall_seconds, message.progress.phase if message.progress else "its last step"
 
-    async def ended(self) -> int:
-        """Its exit status; negative: the signal that ended it."""
-        return await self.process.wait()
+    async def ended(self, within_seconds: float) -> int:
+        """Its exit status once its messages have ended; negative: the signal that ended it.
+
+        Raises:
+            TrainingKilled: it still lives after `within_seconds`: it hangs in its own end.
+        """
+        try:
+            return await asyncio.wait_for(self.process.wait(), within_seconds)
+        except TimeoutError as error:
+            raise TrainingKilled(
+                f"the training process (pid {self.process.pid}) sent no result, closed its output and did not end "
+                f"within {within_seconds:g} s; it is ended"
+            ) from error
 
     async def stop(self, term_seconds: float) -> None:
         """End the process and all it started: SIGTERM, then SIGKILL. Safe to call when it has ended."""
@@ -171,6 +183,8 @@ class Launcher:
             "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1", "USE_TF": "0",
         }  # fmt: skip
+        # One process trains on one GPU. With several in sight transformers would choose DataParallel, which TRL refuses
+        ours["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
         if not self.settings.trainer_allow_hub:
             ours |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
         return kept | ours

@@ -22,7 +22,7 @@ from services.trainer.loop import Grouped, check_config, run_training, trl_argum
 from services.trainer.losses import accuracy, bradley_terry_loss
 from services.trainer.probes import score_probes
 from services.trainer.task import Finished, Task, drop_too_long, publish
-from services.trainer.tokens import encode_conversations
+from services.trainer.tokens import encode_conversations, end_tokens
 
 PAD_TOKEN = "<|pad|>"
 PARITY_ROWS = 16
@@ -90,7 +90,7 @@ def _scorer(start: Path, kind: CheckpointKind, tokenizer: Any, seed: int) -> Any
     """The model with a one-label head (random, from the seed, on a policy) and a pad token that is not eos."""
     set_seed(seed)
     model = load_model(start, "reward_model", num_labels=1 if kind == "policy" else None)
-    if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+    if tokenizer.pad_token is None or tokenizer.pad_token_id in end_tokens(tokenizer, model.config):
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     embeddings: Any = model.get_input_embeddings()
     if len(tokenizer) > embeddings.num_embeddings:

@@ -11,7 +11,7 @@ from services.contracts.errors import InvalidInput
 from services.trainer.data import Demonstration
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 IGNORED = -100
 """Label of a token that carries no loss (PyTorch's convention)."""
@@ -38,6 +38,14 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, g
         raise InvalidInput(
             f"the chat template refuses a conversation with the roles {[m.role for m in messages]}: {error}"
         ) from error
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> frozenset[int]:
+    """Token ids that end a text, by the tokenizer and by config.json (which may name several). None may be the pad."""
+    configured: Any = config.eos_token_id
+    own: Any = tokenizer.eos_token_id
+    found: list[Any] = configured if isinstance(configured, list) else [configured]
+    return frozenset(int(i) for i in (*found, own) if i is not None)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Any:

@@ -44,7 +44,7 @@ async def test_a_late_reader_gets_the_history_then_what_comes_and_can_continue(r
     assert [event.data["n"] for event in await events.read("run", last)] == [2, 3]
 
 
-@pytest.mark.parametrize("after", ["$", "abc", "1-", "-1", ""])
+@pytest.mark.parametrize("after", ["$", "abc", "1-", "-1", "", "18446744073709551616", "1-18446744073709551616"])
 async def test_a_last_event_id_that_is_none_is_refused(redis_client: Redis, after: str) -> None:
     with pytest.raises(InvalidInput, match="Last-Event-ID"):
         await EventStream(redis_client).read("run", after)

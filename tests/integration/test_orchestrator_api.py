@@ -88,6 +88,7 @@ async def test_a_run_that_cannot_work_is_refused_with_the_field_and_the_remedy(s
         (body(prompts, heldout, typo=1), "recipe.typo", "unknown key"),
         (body(prompts, heldout, gate={"max_kl": 1.0}, evaluation={"measure_kl": False}), "recipe", "measure_kl"),
         (body(prompts, heldout, run="../etc"), "id", "pattern"),
+        (body(prompts, heldout, run="models"), "id", "cannot be called 'models'"),
     ]
     for request, field, says in cases:
         problem = await stack.post("/v1/runs", json=request, expect=422)

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from ratchet.local.redis_server import RedisServer
 from services.contracts import layout
+from services.contracts.checkpoints import PolicyInfo
 from services.contracts.runs import IterationRecord, RunView, Stage
 from tests.fixtures.orchestrator_stack import AUTH, Stack
 from tests.fixtures.redis import redis_client, redis_server  # noqa: F401  # fixtures
@@ -240,3 +242,88 @@ async def test_without_redis_requests_are_answered_503_and_a_pause_survives(
         await stack.status("paused")
         await stack.post("/v1/runs/r/resume")
         await stack.status("idle")
+
+
+async def test_iterations_asked_for_without_redis_are_not_asked_for_so_that_a_retry_counts_once(
+    stack: Stack, redis_server: RedisServer  # noqa: F811
+) -> None:  # fmt: skip
+    async with stack.running():
+        await stack.start(iterations=0)
+        await stack.status("idle")
+        redis_server.stop()
+        try:
+            for _ in range(2):
+                answer = await stack.http.post("/v1/runs/r/iterations", headers=AUTH, json={"count": 1})
+                assert (answer.status_code, answer.json()["code"]) == (503, "unavailable")
+                assert "nothing was changed" in answer.json()["detail"]
+        finally:
+            redis_server.start()
+        await stack.until(lambda _: True)
+        assert (await stack.post("/v1/runs/r/iterations", json={"count": 1}))["iterations_asked"] == 1
+
+
+async def test_iterations_written_as_redis_goes_are_answered_by_an_error_that_no_client_repeats(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with stack.running():
+        await stack.start(iterations=0)
+        await stack.status("idle")
+
+        async def gone(topic: str) -> None:
+            raise RedisConnectionError("gone")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(stack.app.state.runs.queue, "nudge", gone)
+            answer = await stack.http.post("/v1/runs/r/iterations", headers=AUTH, json={"count": 1})
+        assert (answer.status_code, answer.json()["code"]) == (503, "connection-lost")
+        assert "is written and takes effect" in answer.json()["detail"]
+        view = await stack.until(lambda view: view.iterations_decided == 1)
+        assert view.iterations_asked == 1
+
+
+async def test_a_run_that_cannot_be_read_does_not_stop_the_others(stack: Stack) -> None:
+    async with stack.running():
+        await stack.start("broken", iterations=0)
+        await stack.status("idle", "broken")
+    (Path(stack.store.url) / layout.control_file("broken")).write_text("{}")
+    async with stack.running():
+        answer = await stack.http.get("/v1/runs/broken")
+        assert (answer.status_code, answer.json()["code"]) == (500, "store")
+        await stack.start("r", iterations=1)
+        assert (await stack.status("idle")).iterations_decided == 1
+
+
+async def test_a_change_is_not_kept_waiting_by_a_conductor_that_waits(stack: Stack) -> None:
+    stack.settings = stack.settings.model_copy(update={"control_seconds": 0.2})
+    async with stack.running():
+        await stack.start(iterations=0)
+        await stack.status("idle")
+        async with stack.app.state.conductor.lock:
+            answer = await stack.http.post("/v1/runs/r/pause", headers=AUTH)
+        assert answer.status_code == 503
+        assert "nothing was changed" in answer.json()["detail"]
+        assert (await stack.post("/v1/runs/r/pause"))["status"] == "paused"
+
+
+async def test_a_generator_restarted_while_no_run_works_serves_the_last_decided_policy_again(stack: Stack) -> None:
+    async with stack.running():
+        await stack.start("first", iterations=1)
+        await stack.status("idle", "first")
+        await stack.start("r", iterations=1)
+        view = await stack.status("idle")
+        stack.generator.info = PolicyInfo(state="empty")
+        await stack.eventually(lambda: stack.generator.info.state == "serving")
+        assert stack.generator.info.version == view.incumbent == "r/iter-1"
+        assert not stack.generator.info.trial
+
+
+@pytest.mark.parametrize(("failures", "status"), [(2, "idle"), (10, "failed")])
+async def test_a_swap_that_fails_is_tried_as_often_as_a_job_is(stack: Stack, failures: int, status: str) -> None:
+    stack.generator.fail_swaps = failures
+    async with stack.running():
+        await stack.start(iterations=1)
+        view = await stack.status(status)
+    if status == "failed":
+        assert view.problem is not None
+        assert view.problem.code == "swap-failed"
+        assert stack.generator.fail_swaps == failures - 4

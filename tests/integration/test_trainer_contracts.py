@@ -320,6 +320,32 @@ def test_a_reward_model_needs_one_label_and_its_own_pad_token(tmp_path: Path) ->
     assert len(ArtifactStore(str(tmp_path)).manifest("models/good").score_probes) == 4
 
 
+def test_a_reward_model_starts_with_a_random_head_on_a_body_that_is_not(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = write_model(tmp_path / "base")
+    assert load_model(folder, "reward_model", num_labels=1).config.num_labels == 1
+    tensors = load_file(folder / "model.safetensors")
+    lost = next(name for name in tensors if "layers.0" in name)
+    kept = {name: tensor for name, tensor in tensors.items() if name != lost}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointRefused, match=lost):
+        load_model(folder, "reward_model", num_labels=1)
+
+
+def test_a_pad_token_that_ends_texts_by_the_config_is_replaced_before_training(tmp_path: Path) -> None:
+    from services.trainer.reward_model import PAD_TOKEN, _scorer
+
+    folder = write_model(tmp_path / "base")
+    tokenizer: Any = load_tokenizer(folder)
+    found = json.loads((folder / "config.json").read_text())
+    ends = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    (folder / "config.json").write_text(json.dumps(found | {"eos_token_id": ends}))
+    model = _scorer(folder, "policy", tokenizer, 0)
+    assert tokenizer.pad_token == PAD_TOKEN
+    assert model.config.pad_token_id not in ends
+
+
 def test_the_hub_is_used_only_when_allowed(tmp_path: Path) -> None:
     job = ImportModelJob(model_kind="policy", source="hub:owner/name", output="models/m")
     with pytest.raises(InvalidInput, match="RATCHET_TRAINER_ALLOW_HUB"):

@@ -75,7 +75,7 @@ async def test_each_kind_of_job_publishes_a_checkpoint_that_proves_itself(traine
         assert job.state is JobState.SUCCEEDED, job.problem
         result = TrainingResult.model_validate(job.result)
         assert result.curve
-        assert result.metrics["examples"] == 48 if request["kind"] == "sft" else 40
+        assert result.metrics["examples"] == (48 if request["kind"] == "sft" else 40)
         assert result.metrics["dropped_too_long"] == 0
 
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification

@@ -10,6 +10,8 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from ratchet.cli.main import app
+from ratchet.cli.models import read_items
+from services.contracts.errors import InvalidInput
 
 runner = CliRunner()
 
@@ -46,6 +48,16 @@ def test_usage_errors_exit_with_2() -> None:
     assert runner.invoke(app, ["score"]).exit_code == 2
     assert runner.invoke(app, ["train", "import", "x", "--kind", "cat", "--name", "y"]).exit_code == 2
     assert runner.invoke(app, ["nonsense"]).exit_code == 2
+
+
+def test_rows_to_score_are_read_whole_and_a_broken_one_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes('{"prompt": "a\u2028b", "response": "c\u0085d"}\n'.encode())
+    (item,) = read_items(file)
+    assert (item.messages[0].content, item.responses) == ("a\u2028b", ("c\u0085d",))
+    file.write_bytes(b'{"prompt": "a", "response": "b"}\n{"prompt": "\xff", "response": "b"}\n')
+    with pytest.raises(InvalidInput, match=r"line 2: .*UnicodeDecodeError"):
+        read_items(file)
 
 
 def test_down_without_a_stack_is_fine(tmp_path: Path) -> None:

@@ -28,11 +28,19 @@ def test_a_folder_is_staged_once_under_its_name_and_content(model: Path, tmp_pat
     store = tmp_path / "store"
     path = stage_model(model, str(store))
     assert path.startswith("staging/My-model-")
-    assert os.path.samefile(store / path / "model.safetensors", model / "model.safetensors")
     assert stage_model(model, f"file://{store}") == path
     weights(model / "model.safetensors", 17)
     assert stage_model(model, str(store)) != path
     assert not [name for name in os.listdir(store / "staging") if name.startswith(".tmp")]
+
+
+def test_writing_into_the_folder_afterwards_does_not_reach_the_store(model: Path, tmp_path: Path) -> None:
+    staged = tmp_path / "store" / stage_model(model, str(tmp_path / "store"))
+    before = {name: (staged / name).read_bytes() for name in ("config.json", "model.safetensors")}
+    for name in before:
+        with (model / name).open("r+b") as file:  # in place, as `cp` and `save_pretrained` do
+            file.write(b"XX")
+    assert {name: (staged / name).read_bytes() for name in before} == before
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from pydantic import ValidationError
 
@@ -101,3 +103,33 @@ def test_a_probe_has_a_log_prob_for_each_token_after_the_first() -> None:
 def test_a_version_is_derived_from_the_checkpoint_s_path() -> None:
     assert version_of(checkpoint_folder("run-a", 2)) == "run-a/iter-2"
     assert version_of("models/sft") == "models/sft"
+
+
+def test_half_a_surrogate_pair_is_no_text() -> None:
+    with pytest.raises(ValidationError, match="half a surrogate pair at character 2"):
+        Message(role="user", content="ab\ud800")
+
+
+@pytest.mark.parametrize(
+    "evaluation",
+    [{"max_tokens": 0}, {"max_tokens": -1}, {"n": 1025}, {"temperature": 11}, {"temperature": float("nan")}],
+)
+def test_an_evaluation_that_no_generator_takes_is_refused_with_the_recipe(evaluation: dict[str, float]) -> None:
+    with pytest.raises(ValidationError, match="evaluation"):
+        Recipe.model_validate(recipe(evaluation=evaluation))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        lambda number: {"gate": {"min_improvement": number}},
+        lambda number: {"gate": {"max_kl": number}},
+        lambda number: {"pairs": {"min_margin": number}},
+        lambda number: {"pairs": {"length_penalty": {"weight": number}}},
+        lambda number: {"dpo": {"learning_rate": 1e-4, "train_batch_size": 8, "max_length": 64, "beta": number}},
+    ],
+)
+def test_a_number_that_is_none_is_no_setting(changes: Callable[[float], dict[str, object]], number: float) -> None:
+    with pytest.raises(ValidationError):
+        Recipe.model_validate(recipe(**changes(number)))

@@ -115,3 +115,13 @@ def test_a_gateway_killed_with_sigkill_leaves_no_orphan(tmp_path: Path) -> None:
         if gateway.stdout:
             gateway.stdout.close()
     asyncio.run(eventually(lambda: not group_members(group)))
+
+
+@pytest.mark.parametrize("log_file", ["/dev/full", "/proc/no/such/log"])
+async def test_a_log_that_cannot_be_written_neither_stops_nor_hides_vllm(tmp_path: Path, log_file: str) -> None:
+    settings = make_settings(tmp_path, generator_engine_command=command(SLEEPER), generator_engine_log=Path(log_file))
+    engine = await Engine.start(settings, tmp_path)
+    await eventually(lambda: "up" in engine.tail())
+    assert not engine.died.is_set()
+    await engine.stop(0.1)
+    assert engine.died.is_set()

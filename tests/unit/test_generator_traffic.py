@@ -5,7 +5,9 @@ import json
 from pathlib import Path
 
 import httpx
+import pytest
 
+from services.generator import passthrough
 from services.generator.rollouts import derive_seed
 from tests.fixtures.generator import (
     CHAT,
@@ -307,3 +309,12 @@ async def test_metrics_count_swaps_and_tokens(gateway: Gateway) -> None:
     text = (await gateway.client.get("/metrics")).text
     assert 'ratchet_generator_swaps_total{outcome="done"}' in text
     assert "ratchet_generator_rollout_tokens_total" in text
+
+
+async def test_a_body_too_large_for_any_context_is_refused_before_it_is_read_whole(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passthrough, "MAX_BODY_BYTES", 1000)
+    response = await gateway.chat(messages=[{"role": "user", "content": "x" * 2000}])
+    assert response.status_code == 413
+    assert "1,000 bytes" in response.json()["detail"]

@@ -15,8 +15,9 @@ from services.contracts.problems import Problem
 from services.contracts.recipes import ResolvedModels
 from services.contracts.runs import Rollback, RunControl, RunRecord, RunStatus, Stage
 from services.orchestrator import stages
-from services.orchestrator.conductor import choose
+from services.orchestrator.conductor import choose, holds_services
 from services.orchestrator.planner import Plan, incumbent_before, plan
+from services.orchestrator.snapshots import Snapshot
 from tests.fixtures.orchestrator_stack import recipe
 
 PROBLEM = Problem(title="Job failed", status=500, detail="out of memory", code="job-failed")
@@ -308,3 +309,19 @@ def test_one_run_works_at_a_time(
     plans: dict[str, Plan], holds: set[str], current: str | None, expected: str | None
 ) -> None:
     assert choose(plans, {run: run in holds for run in plans}, current) == expected
+
+
+@pytest.mark.parametrize(
+    ("stage", "chunk", "expected"),
+    [(Stage.SAMPLE, 0, True), (Stage.SCORE, 0, True), (Stage.DECIDE, None, True), (Stage.TRAIN, None, False)],
+)
+def test_jobs_that_use_generator_or_scorers_keep_other_runs_waiting(
+    stage: Stage, chunk: int | None, expected: bool
+) -> None:
+    id = stages.job_id("r", 1, stage, chunk)
+    running = Job(
+        id=id, queue=stages.QUEUES[stage], kind=stage, payload={}, topic="r", max_attempts=1, enqueued_at=0.0,
+        state=JobState.RUNNING,
+    )  # fmt: skip
+    shot = Snapshot(record(), RunControl(iterations=1), {}, {id: running}, Plan(RunStatus.PAUSED, live=(id,)))
+    assert holds_services(shot) is expected

@@ -180,3 +180,12 @@ def test_seeds_differ_by_purpose_and_iteration_and_fit_the_contract() -> None:
 def test_a_prompt_s_id_comes_from_its_messages() -> None:
     assert prompt_of({"prompt": "Hi"}).id == prompt_of({"messages": [USER]}).id
     assert prompt_of({"prompt": "Hi"}).messages == (Message(role="user", content="Hi"),)
+
+
+@pytest.mark.parametrize("line", [r'{"prompt": "a \ud800"}', r'{"messages": [{"role": "user", "content": "\ud800"}]}'])
+def test_half_a_surrogate_pair_is_a_broken_line_like_any_other(line: str) -> None:
+    data = lines({"prompt": "Hi"}, line)
+    with pytest.raises(InvalidInput, match=r"line 2: .*half a surrogate pair"):
+        read_prompts(data, "jsonl", "refuse")
+    reading = read_prompts(data, "jsonl", "skip")
+    assert (len(reading.rows), reading.skipped_count) == (1, 1)

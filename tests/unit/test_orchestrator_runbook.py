@@ -80,3 +80,10 @@ def test_a_run_whose_record_is_broken_does_not_stop_the_others(runbook: Runbook)
 
 def test_without_a_control_file_the_recipe_says_how_many_iterations(runbook: Runbook) -> None:
     assert runbook.control("r") == RunControl(iterations=2)
+
+
+def test_a_change_starts_from_what_the_store_has_not_from_what_was_remembered(runbook: Runbook) -> None:
+    assert runbook.control("r").iterations == 2
+    Runbook(runbook.store).write_control("r", RunControl(iterations=5))  # another orchestrator
+    assert runbook.reread_control("r").iterations == 5
+    assert runbook.control("r").iterations == 5

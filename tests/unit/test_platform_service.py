@@ -18,12 +18,13 @@ from services.contracts.errors import (
     Overloaded,
     PolicyMismatch,
     Unavailable,
+    UpstreamFailed,
 )
 from services.contracts.scores import ScoreItem
 from services.platform.auth import require_token
 from services.platform.http import RETRY_ATTEMPTS, RemoteError, ServiceClient, error_from
 from services.platform.service import create_service
-from services.platform.settings import ServiceSettings
+from services.platform.settings import ServiceSettings, settings_from_environment
 
 
 @pytest.fixture(autouse=True)
@@ -149,6 +150,12 @@ async def test_a_4xx_is_not_sent_again() -> None:
     assert calls == ["/v1/runs/x"]
 
 
+async def test_an_answer_of_another_shape_names_the_service_and_not_the_caller_s_input() -> None:
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, json={"messages": []}))
+    with pytest.raises(UpstreamFailed, match="GET /x with something that is no ScoreItem"):
+        await client(transport).call("GET", "/x", answer=ScoreItem)
+
+
 async def test_a_503_is_tried_again_until_it_passes() -> None:
     answers = [503, 502, 200]
 
@@ -210,3 +217,28 @@ def test_there_is_no_default_token_and_a_short_one_is_refused(monkeypatch: pytes
 def test_an_item_without_responses_is_invalid() -> None:
     with pytest.raises(ValidationError):
         ScoreItem(messages=(Message(role="user", content="q"),), responses=())
+
+
+def test_a_missing_variable_is_named_and_no_other_is_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RATCHET_TOKEN", TOKEN.get_secret_value())
+    monkeypatch.delenv("RATCHET_STORE_URL", raising=False)
+    with pytest.raises(ValidationError) as refused:
+        ServiceSettings()  # pyright: ignore[reportCallIssue]
+    assert TOKEN.get_secret_value() not in str(refused.value)
+    monkeypatch.setenv("RATCHET_PORT", "99999")
+    with pytest.raises(SystemExit) as ended:
+        settings_from_environment(ServiceSettings)
+    told = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert "RATCHET_STORE_URL: is not set (Artifact store" in told
+    assert "RATCHET_PORT: Input should be less than or equal to 65535" in told
+    assert TOKEN.get_secret_value() not in told
+
+
+async def test_a_made_up_method_makes_no_metric_series_of_its_own(http: httpx.AsyncClient) -> None:
+    assert (await http.request("BREW", "/items")).status_code == 405
+    metrics = (await http.get("/metrics")).text
+    assert "BREW" not in metrics
+    assert 'method="other"' in metrics

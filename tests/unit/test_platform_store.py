@@ -137,3 +137,32 @@ def test_the_store_works_on_other_fsspec_filesystems() -> None:
     assert store.read_bytes("a/b") == b"1"
     assert store.list("a") == ["b"]
     store.check()
+
+
+def test_in_an_object_store_the_second_of_two_racing_writers_loses(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ArtifactStore("memory://race")
+    assert store.publish_bytes("a.bin", b"first") is True
+    looks: list[str] = []
+
+    def exists(path: str, **_: object) -> bool:
+        looks.append(path)
+        return len(looks) > 1  # our look came before the first writer's write; the store itself knows better
+
+    monkeypatch.setattr(store._fs, "exists", exists)
+    assert store.publish_bytes("a.bin", b"second") is False
+    assert len(looks) == 2
+    assert store.read_bytes("a.bin") == b"first"
+
+
+def test_a_store_without_its_library_is_named() -> None:
+    with pytest.raises(StoreError, match="nosuch://b/p"):
+        ArtifactStore("nosuch://b/p")
+
+
+def test_a_folder_that_cannot_be_listed_is_named(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(store._fs, "ls", refuse)
+    with pytest.raises(StoreError, match="runs cannot be listed"):
+        store.list("runs")

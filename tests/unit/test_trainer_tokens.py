@@ -7,7 +7,7 @@ import pytest
 from services.contracts.conversations import Message
 from services.contracts.errors import InvalidInput
 from services.trainer.data import Demonstration
-from services.trainer.tokens import IGNORED, encode_conversations, encode_demonstrations
+from services.trainer.tokens import IGNORED, encode_conversations, encode_demonstrations, end_tokens
 from tests.fixtures.models import CHAT_TEMPLATE, make_tokenizer
 
 
@@ -73,3 +73,12 @@ def test_a_template_that_raises_is_an_error_of_the_data(tokenizer: Any) -> None:
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(InvalidInput, match="roles must alternate"):
         trained(tokenizer, Demonstration(turns("Hi", "Ho")))
+
+
+def test_end_tokens_are_those_of_the_tokenizer_and_all_of_the_config(tokenizer: Any) -> None:
+    from transformers import LlamaConfig
+
+    eos = tokenizer.eos_token_id
+    assert end_tokens(tokenizer, LlamaConfig(eos_token_id=[eos, 77])) == {eos, 77}
+    assert end_tokens(tokenizer, LlamaConfig(eos_token_id=78)) == {eos, 78}
+    assert end_tokens(tokenizer, LlamaConfig(eos_token_id=None)) == {eos}

@@ -24,7 +24,9 @@ BLOCK_SECONDS = 1.0
 PAGE = 500
 """Events read at once."""
 
-EVENT_ID = re.compile(r"^\d{1,20}(-\d{1,20})?$")
+EVENT_ID = re.compile(r"\d{1,20}(-\d{1,20})?", re.ASCII)
+LARGEST_ID_PART = 2**64 - 1
+"""Redis refuses a larger one, which would read as Redis being away."""
 
 
 class EventStream:
@@ -86,7 +88,7 @@ class EventStream:
 
 
 def _checked(after: str) -> str:
-    if not EVENT_ID.match(after):
+    if not EVENT_ID.fullmatch(after) or any(int(part) > LARGEST_ID_PART for part in after.split("-")):
         raise InvalidInput(
             f"Last-Event-ID {after[:60]!r} is no event id; give back the `id` of the last event seen, or 0 for all.",
             field="Last-Event-ID",
