@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from examples.tiny_world.judge import GoldJudge
-from examples.tiny_world.world import Question, World, WorldSettings
+from examples.tiny_world.world import Question, World, WorldSettings, evasion
 
 BOS, EOS, PAD, USER, ASSISTANT = "<|bos|>", "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"
 
@@ -54,6 +54,7 @@ class BuildSettings:
     preference_pairs: int = 4000
     held_out_preference_pairs: int = 400
     contrast_share: float = 0.6
+    evasive_share: float = 0.15
     preference_noise: float = 0.1
     loop_prompts: int = 1440
     held_out_prompts: int = 400
@@ -119,7 +120,8 @@ def preference_pairs(world: World, settings: BuildSettings) -> tuple[list[dict[s
     """Training and held-out pairs, labelled by gold utility, of which a known share is then flipped in each.
 
     A `contrast_share` of the pairs are short answers that differ only in the value they name (or the reward model
-    learns style and no facts); the rest are two independent answers. Ties are left out.
+    learns style and no facts), an `evasive_share` of these in whether they answer at all (or the loop finds out that
+    a polite nothing scores well); the rest are two independent answers. Ties are left out.
     """
     judge, rng = GoldJudge(world), world.rng("preferences")
     total = settings.preference_pairs + settings.held_out_preference_pairs
@@ -130,7 +132,8 @@ def preference_pairs(world: World, settings: BuildSettings) -> tuple[list[dict[s
         first = world.draw_answer(question, rng)
         if rng.random() < settings.contrast_share:
             first = replace(first, padding="")
-            second = world.draw_contrast(question, first, rng)
+            evades = rng.random() < settings.evasive_share
+            second = evasion(first) if evades else world.draw_contrast(question, first, rng)
         else:
             second = world.draw_answer(question, rng)
         ranked = sorted(

@@ -79,9 +79,10 @@ class GoldJudge:
         said = words(response)
         if not said:
             return Judgement(correct=0.0, polite=0.0, concise=0.0, fluent=0.0, utility=0.0)
-        correct = self._correct(town, attribute, said)
+        named = {value for values in VALUES.values() for value in values if value.lower() in said}
+        correct = self._correct(town, attribute, named, said)
         polite = _polite(said)
-        concise = _concise(len(said))
+        concise = _concise(len(said)) if named else 0.0  # saying nothing in few words is no virtue
         fluent = self._fluent(response, said)
         marks = CORRECT_WEIGHT * correct + POLITE_WEIGHT * polite + CONCISE_WEIGHT * concise
         return Judgement(correct, polite, concise, fluent, utility=fluent * marks)
@@ -98,9 +99,8 @@ class GoldJudge:
             )
         return towns[0], attributes[0]
 
-    def _correct(self, town: str, attribute: str, said: list[str]) -> float:
+    def _correct(self, town: str, attribute: str, named: set[str], said: list[str]) -> float:
         """1 only if the true value, and no other value or town, is named: hedging with all of them earns nothing."""
-        named = {v for values in VALUES.values() for v in values if v.lower() in said}
         other_towns = {t for word, t in self._towns.items() if word in said} - {town}
         return float(named == {self._world.facts[town, attribute]} and not other_towns)
 

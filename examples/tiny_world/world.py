@@ -65,6 +65,7 @@ _CLOSERS: dict[Tone, tuple[str, ...]] = {
     "rude": ("", "Now leave me alone.", "Look it up yourself next time."),
 }
 _CORES = ("The {a} of {t} is the {v}.", "It is the {v}.", "{t} has the {v}.")
+_EVASION = "Who knows?"
 _PADDING = (
     "As many people have noted over the years, this has a long and winding history.",
     "Before we come to the point, every town in this land is rather different.",
@@ -85,6 +86,7 @@ class WorldSettings:
     tones: tuple[tuple[Tone, float], ...] = (("polite", 0.25), ("neutral", 0.3), ("rude", 0.45))
     right_given_tone: tuple[tuple[Tone, float], ...] = (("polite", 0.65), ("neutral", 0.6), ("rude", 0.55))
     padded: float = 0.6
+    evasive: float = 0.08
 
 
 @dataclass(frozen=True)
@@ -162,11 +164,11 @@ class World:
         ]
 
     def draw_answer(self, question: Question, rng: random.Random) -> Answer:
-        """One answer from the mixture: some right, some wrong, in any tone, plain or padded."""
+        """One answer from the mixture: some right, some wrong, some none, in any tone, plain or padded."""
         tones, weights = zip(*self.settings.tones, strict=True)
         tone: Tone = rng.choices(tones, weights)[0]
         right = rng.random() < dict(self.settings.right_given_tone)[tone]
-        return Answer(
+        answer = Answer(
             tone=tone,
             opener=rng.choice(_OPENERS[tone]),
             padding=rng.choice(_PADDING) if rng.random() < self.settings.padded else "",
@@ -174,6 +176,7 @@ class World:
             value=self.facts[question.town, question.attribute] if right else self._wrong_value(question, rng),
             closer=rng.choice(_CLOSERS[tone]),
         )
+        return evasion(answer) if rng.random() < self.settings.evasive else answer
 
     def draw_contrast(self, question: Question, answer: Answer, rng: random.Random) -> Answer:
         """A copy of `answer` that names another value: the right one if it was wrong, and the reverse."""
@@ -186,9 +189,14 @@ class World:
         return rng.choice([value for value in VALUES[question.attribute] if value != truth])
 
 
+def evasion(answer: Answer) -> Answer:
+    """A copy of `answer` that does not answer."""
+    return replace(answer, core="" if answer.opener or answer.padding else _EVASION, value="")
+
+
 def answer_vocabulary() -> frozenset[str]:
     """Every lower-case word that a well-formed answer can contain."""
-    texts = [*_PADDING, *_CORES, *_TOWNS, *ATTRIBUTES]
+    texts = [*_PADDING, *_CORES, _EVASION, *_TOWNS, *ATTRIBUTES]
     for group in (*_OPENERS.values(), *_CLOSERS.values(), *VALUES.values()):
         texts.extend(group)
     return frozenset(word for text in texts for word in words(text))
