@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-pytest_plugins = ["tests.fixtures.redis"]
+pytest_plugins = ["tests.fixtures.redis", "tests.fixtures.real_generator"]
 
 # Before any library is imported, and inherited by the processes a test starts.
 os.environ.update(

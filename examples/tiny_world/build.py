@@ -50,8 +50,8 @@ class BuildSettings:
     max_position_embeddings: int = 256
     initializer_range: float = 0.06
     tie_word_embeddings: bool = False
-    sft_samples: int = 4000
-    preference_pairs: int = 4000
+    sft_samples: int = 5000
+    preference_pairs: int = 5000
     held_out_preference_pairs: int = 400
     contrast_share: float = 0.6
     evasive_share: float = 0.15

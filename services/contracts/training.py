@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from services.contracts.model import Contract, StorePath
 
@@ -30,7 +30,17 @@ class TrainingConfig(Contract):
     bf16: bool = Field(default=False, description="Train in bf16 autocast; weights stay in their stored dtype.")
     gradient_checkpointing: bool = False
     save_steps: int = Field(default=50, ge=1, description="Optimiser steps between resumable trainer checkpoints.")
-    seed: int = Field(default=0, ge=0)
+    seed: int | None = Field(default=None, ge=0, lt=2**31, description="Default: the recipe's seed in a run, else 0.")
+
+    @model_validator(mode="after")
+    def _whole_micro_batches(self) -> Self:
+        micro = self.micro_batch_size
+        if micro is not None and self.train_batch_size % micro:
+            raise ValueError(
+                f"micro_batch_size {micro} does not divide train_batch_size {self.train_batch_size}, so the last micro "
+                "batch of each step would be lost; choose a divisor"
+            )
+        return self
 
 
 class SftConfig(TrainingConfig):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import secrets
 from datetime import UTC, datetime
@@ -10,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from services.contracts import layout
 from services.contracts.conversations import Prompt
 from services.contracts.errors import Conflict, InvalidInput
-from services.contracts.recipes import Recipe
+from services.contracts.recipes import Recipe, ResolvedModels
 from services.contracts.runs import RunControl, RunRecord, RunRequest
 from services.orchestrator.clock import now_iso
 from services.orchestrator.datasets import read_source
@@ -41,6 +42,7 @@ def create_run(runbook: Runbook, request: RunRequest) -> tuple[RunRecord, bool]:
             raise Conflict(f"run {run!r} exists with another recipe; choose another id", field="id")
         return known, False
     models = resolve_models(recipe, store)
+    _check_lengths(recipe, models, store)
     pool = read_source(store, recipe.prompts, "recipe.prompts")
     heldout = read_source(store, recipe.heldout, "recipe.heldout")
     warnings: list[str] = []
@@ -61,6 +63,20 @@ def create_run(runbook: Runbook, request: RunRequest) -> tuple[RunRecord, bool]:
     store.publish_model(layout.run_file(run), record)
     runbook.write_control(run, RunControl(iterations=recipe.iterations))
     return runbook.record(run), True
+
+
+def _check_lengths(recipe: Recipe, models: ResolvedModels, store: ArtifactStore) -> None:
+    """A length the policy cannot take is told now, not after an iteration was sampled and scored."""
+    if models.policy_import is not None:
+        return  # its configuration is not here yet; the training job checks it
+    config: dict[str, object] = json.loads(store.read_bytes(f"{models.policy}/config.json"))
+    longest = config.get("max_position_embeddings")
+    if isinstance(longest, int) and recipe.dpo.max_length > longest:
+        raise InvalidInput(
+            f"dpo.max_length is {recipe.dpo.max_length} and the policy {models.policy} has {longest} positions; "
+            f"at most {longest}",
+            field="recipe.dpo.max_length",
+        )
 
 
 def _unique(prompts: tuple[Prompt, ...], what: str, warnings: list[str]) -> list[Prompt]:

@@ -221,8 +221,10 @@ class _Book:
         models, recipe = self.run.models, self.run.recipe
         if stage is Stage.TRAIN:
             start = incumbent if recipe.start_from == "incumbent" else 0
+            seed = recipe.seed if recipe.dpo.seed is None else recipe.dpo.seed
             job = DpoJob(
-                start=stages.policy_folder(self.run, start), reference=models.policy, config=recipe.dpo,
+                start=stages.policy_folder(self.run, start), reference=models.policy,
+                config=recipe.dpo.model_copy(update={"seed": seed}),
                 pairs=(layout.pairs_file(self.run.id, self.t),), output=layout.checkpoint_folder(self.run.id, self.t),
             )  # fmt: skip
         elif chunk == stages.IMPORT_POLICY:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from services.platform.service import run_service
+from services.platform.settings import settings_from_environment
 from services.reward.app import create_app
 from services.reward.settings import RewardSettings
 
 
 def main() -> None:
     """Run until SIGTERM or SIGINT."""
-    settings = RewardSettings()  # pyright: ignore[reportCallIssue]  # required values come from the environment
+    settings = settings_from_environment(RewardSettings)
     run_service("reward", lambda: create_app(settings), settings)
 
 

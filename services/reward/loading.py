@@ -122,7 +122,7 @@ def _distinct_pad(source: Source) -> int:
 
 
 def _max_tokens(source: Source) -> int:
-    limits = [source.config.max_position_embeddings, source.tokenizer.model_max_length]
+    limits = [getattr(source.config, "max_position_embeddings", None), source.tokenizer.model_max_length]
     longest = min(int(limit) for limit in limits if limit)
     asked = source.spec.max_tokens
     if asked is not None and asked > longest:

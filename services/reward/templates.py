@@ -95,7 +95,12 @@ class ConversationTemplate:
         if len(token_ids) <= self.max_tokens:
             return token_ids
         if self.truncate == "refuse":
-            raise too_long(len(token_ids), self.max_tokens, place, remedy="or load the scorer with truncate 'left'")
+            raise too_long(
+                len(token_ids),
+                self.max_tokens,
+                place,
+                remedy="or load the scorer with truncate 'left' (reward_truncate in a recipe)",
+            )
         return token_ids[-self.max_tokens :]
 
     def leading_bos(self) -> int:

@@ -18,7 +18,7 @@ from services.trainer.workspace import Workspace, resumable_checkpoint
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, Trainer
 
-BUCKET_BATCHES = 16
+BUCKET_BATCHES = 4
 """Batches that are sorted by length together: enough to save padding, few enough to keep the order random."""
 
 
@@ -89,13 +89,6 @@ def check_config(config: TrainingConfig, model: PretrainedConfig) -> None:
     Raises:
         InvalidInput: naming the field, its value, what is allowed.
     """
-    micro = config.micro_batch_size
-    if micro is not None and config.train_batch_size % micro:
-        raise InvalidInput(
-            f"config.micro_batch_size {micro} does not divide train_batch_size {config.train_batch_size}, so the last "
-            "micro batch of each step would be lost; choose a divisor",
-            field="config.micro_batch_size",
-        )
     longest = getattr(model.get_text_config(), "max_position_embeddings", None)
     if longest is not None and config.max_length > longest:
         raise InvalidInput(
@@ -132,7 +125,7 @@ def trl_arguments(config: TrainingConfig, workspace: Workspace) -> dict[str, Any
         "logging_nan_inf_filter": False,  # it would hide a diverged loss
         "report_to": [],
         "disable_tqdm": True,
-        "seed": config.seed,
+        "seed": config.seed or 0,
         "use_cpu": not cuda,
         "dataloader_num_workers": 0,
         "dataloader_pin_memory": cuda,

@@ -44,7 +44,7 @@ def run_reward_model(task: Task, job: RewardModelJob) -> TrainingResult:
     heldout_data = task.store.read_bytes(job.heldout) if job.heldout else None
     heldout = read_preferences(heldout_data, job.heldout) if job.heldout and heldout_data is not None else []
     tokenizer = load_tokenizer(start)
-    model = _scorer(start, kind, tokenizer, job.config.seed)
+    model = _scorer(start, kind, tokenizer, job.config.seed or 0)
     check_config(job.config, model.config)
     chosen, rejected, dropped = _encode(tokenizer, rows, job.config.max_length)
 

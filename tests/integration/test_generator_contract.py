@@ -17,9 +17,8 @@ from services.generator.rollouts import read_answer
 from services.platform.store import ArtifactStore
 from tests.fixtures.fake_vllm import FakeVllm, StreamingTransport
 from tests.fixtures.generator import make_settings
-from tests.fixtures.real_generator import RealGenerator, real_generator
+from tests.fixtures.real_generator import RealGenerator
 
-__all__ = ["real_generator"]
 pytestmark = pytest.mark.timeout(600)
 
 GROUP = SamplingGroup(n=3, temperature=1.0)
@@ -124,11 +123,10 @@ async def _timed_out(vllm: EngineClient, body: dict[str, object]) -> None:
     raise httpx.ReadTimeout("the caller went away")
 
 
+@pytest.mark.parametrize("vllm", ["real"], indirect=True)  # the fake is told by its tests what fails
 async def test_a_load_that_fails_is_answered_and_does_not_kill_the_engine(
-    vllm: EngineClient, request: pytest.FixtureRequest, tmp_path: Path, real_generator: RealGenerator
+    vllm: EngineClient, tmp_path: Path, real_generator: RealGenerator
 ) -> None:
-    if "fake" in request.node.callspec.id:
-        pytest.skip("the fake is told by the tests what fails")
     with pytest.raises(UpstreamFailed):
         await vllm.load(tmp_path / "nothing-here")
     store = ArtifactStore(str(real_generator.folder / "store"))

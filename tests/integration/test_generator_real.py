@@ -19,9 +19,8 @@ from services.generator.probes import Tolerance, judge
 from services.platform.store import ArtifactStore
 from tests.fixtures.generator import CHAT, HEADERS, TOKEN, group_members, lines_of, make_settings, prompts, rollout_body
 from tests.fixtures.models import logprobs_of, make_model, make_tokenizer
-from tests.fixtures.real_generator import POLICIES, RealGenerator, real_generator
+from tests.fixtures.real_generator import POLICIES, RealGenerator
 
-__all__ = ["real_generator"]
 pytestmark = pytest.mark.timeout(600)
 
 FLOAT32_NATS = 1e-3

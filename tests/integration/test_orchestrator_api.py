@@ -21,12 +21,12 @@ from ratchet.local.redis_server import RedisServer
 from services.contracts import layout
 from services.contracts.jobs import Event
 from services.contracts.runs import PairPage, RolloutPage
+from tests.fixtures.fake_services import publish_checkpoint
 from tests.fixtures.orchestrator_stack import Stack, jsonl, recipe
-from tests.fixtures.redis import redis_client, redis_server  # noqa: F401  # fixtures
 
 
 @pytest.fixture
-async def stack(tmp_path: Path, redis_client: Redis, redis_server: RedisServer) -> AsyncIterator[Stack]:  # noqa: F811
+async def stack(tmp_path: Path, redis_client: Redis, redis_server: RedisServer) -> AsyncIterator[Stack]:
     stack = Stack(tmp_path, redis_server.url, dataset_max_bytes=10_000, keepalive_seconds=0.2)
     async with stack.running():
         yield stack
@@ -80,11 +80,13 @@ def body(prompts: str, heldout: str, run: str | None = "r", **changes: Any) -> d
 async def test_a_run_that_cannot_work_is_refused_with_the_field_and_the_remedy(stack: Stack) -> None:
     prompts, heldout = await stack.upload(24), await stack.upload(6, 1000)
     few = await stack.upload(9, 2000)
+    publish_checkpoint(stack.store, "models/short", "policy", config='{"max_position_embeddings": 16}')
     cases: list[tuple[dict[str, Any], str, str]] = [
         (body("my/prompts.jsonl", heldout), "recipe.prompts.path", "ratchet run"),
         (body("datasets/absent.jsonl", heldout), "recipe.prompts.path", "upload it"),
         (body(few, heldout), "recipe.sampling.prompts_per_iteration", "the pool has 9"),
         (body(prompts, heldout, policy="/models/llama"), "recipe.policy", "ratchet run"),
+        (body(prompts, heldout, policy="models/short"), "recipe.dpo.max_length", "has 16 positions"),
         (body(prompts, heldout, typo=1), "recipe.typo", "unknown key"),
         (body(prompts, heldout, gate={"max_kl": 1.0}, evaluation={"measure_kl": False}), "recipe", "measure_kl"),
         (body(prompts, heldout, run="../etc"), "id", "pattern"),

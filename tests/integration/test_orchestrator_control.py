@@ -14,11 +14,10 @@ from services.contracts import layout
 from services.contracts.checkpoints import PolicyInfo
 from services.contracts.runs import IterationRecord, RunView, Stage
 from tests.fixtures.orchestrator_stack import AUTH, Stack
-from tests.fixtures.redis import redis_client, redis_server  # noqa: F401  # fixtures
 
 
 @pytest.fixture
-def stack(tmp_path: Path, redis_client: Redis, redis_server: RedisServer) -> Stack:  # noqa: F811
+def stack(tmp_path: Path, redis_client: Redis, redis_server: RedisServer) -> Stack:
     return Stack(tmp_path, redis_server.url)
 
 
@@ -153,7 +152,7 @@ async def test_a_rollback_during_an_iteration_takes_effect_after_it(stack: Stack
         await stack.until(lambda view: view.incumbent == "models/sft" and stack.generator.info.version == "models/sft")
 
 
-async def test_a_wiped_redis_costs_no_finished_chunk(stack: Stack, redis_client: Redis) -> None:  # noqa: F811
+async def test_a_wiped_redis_costs_no_finished_chunk(stack: Stack, redis_client: Redis) -> None:
     async with stack.running(trainer=False):
         await stack.start(iterations=1)
         await stack.until(lambda view: stage_state(view, 1, Stage.PAIR) == "succeeded")
@@ -165,7 +164,7 @@ async def test_a_wiped_redis_costs_no_finished_chunk(stack: Stack, redis_client:
 
 
 async def test_redis_wiped_under_a_running_orchestrator_is_only_a_delay(
-    stack: Stack, redis_client: Redis  # noqa: F811
+    stack: Stack, redis_client: Redis
 ) -> None:  # fmt: skip
     async with stack.running():
         await start_held(stack)
@@ -223,7 +222,7 @@ async def test_a_broken_stream_and_a_stale_answer_lose_and_mix_nothing(stack: St
 
 
 async def test_without_redis_requests_are_answered_503_and_a_pause_survives(
-    stack: Stack, redis_server: RedisServer  # noqa: F811
+    stack: Stack, redis_server: RedisServer
 ) -> None:  # fmt: skip
     async with stack.running():
         await start_held(stack)
@@ -245,7 +244,7 @@ async def test_without_redis_requests_are_answered_503_and_a_pause_survives(
 
 
 async def test_iterations_asked_for_without_redis_are_not_asked_for_so_that_a_retry_counts_once(
-    stack: Stack, redis_server: RedisServer  # noqa: F811
+    stack: Stack, redis_server: RedisServer
 ) -> None:  # fmt: skip
     async with stack.running():
         await stack.start(iterations=0)

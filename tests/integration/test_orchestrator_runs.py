@@ -16,11 +16,10 @@ from services.contracts.rollouts import Rollout
 from services.contracts.runs import IterationRecord
 from services.platform.tables import read_rows
 from tests.fixtures.orchestrator_stack import Stack
-from tests.fixtures.redis import redis_client, redis_server  # noqa: F401  # fixtures
 
 
 @pytest.fixture
-def stack(tmp_path: Path, redis_client: Redis, redis_server: RedisServer) -> Stack:  # noqa: F811
+def stack(tmp_path: Path, redis_client: Redis, redis_server: RedisServer) -> Stack:
     return Stack(tmp_path, redis_server.url)
 
 

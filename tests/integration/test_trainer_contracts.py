@@ -211,7 +211,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (DPO, "different tokenizers"),
         (SFT | {"config": config(max_length=4)}, "too short for every one"),
         (SFT | {"config": config(max_length=100_000)}, "256 positions"),
-        (SFT | {"config": config(micro_batch_size=3)}, "does not divide"),
         (SFT | {"start": "models/none"}, "MANIFEST.json"),
         (SFT | {"data": "none.jsonl"}, "none.jsonl is not in the artifact store"),
     ],

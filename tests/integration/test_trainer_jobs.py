@@ -16,7 +16,6 @@ from services.contracts.jobs import JobState
 from services.contracts.training import TrainingResult
 from services.platform.checkpoints import verify_checkpoint
 from tests.fixtures.models import logprobs_of
-from tests.fixtures.redis import redis_client, redis_server
 from tests.fixtures.trainer import (
     TrainerUnderTest,
     config,
@@ -29,7 +28,6 @@ from tests.fixtures.trainer import (
     write_model,
 )
 
-__all__ = ["redis_client", "redis_server"]
 pytestmark = pytest.mark.timeout(600)
 LONG = {"num_train_epochs": 20, "save_steps": 5}
 

@@ -54,6 +54,12 @@ def test_responses_that_cannot_fit_training_are_refused() -> None:
         Recipe.model_validate(recipe(sampling=sampling))
 
 
+def test_micro_batches_that_do_not_fill_the_batch_are_refused() -> None:
+    dpo = {"learning_rate": 1e-4, "train_batch_size": 8, "micro_batch_size": 3, "max_length": 64}
+    with pytest.raises(ValidationError, match="3 does not divide train_batch_size 8"):
+        Recipe.model_validate(recipe(dpo=dpo))
+
+
 def test_sampling_all_at_temperature_zero_is_refused() -> None:
     sampling = {"prompts_per_iteration": 8, "max_tokens": 16, "groups": [{"n": 4, "temperature": 0.0}]}
     with pytest.raises(ValidationError, match="temperature 0"):

@@ -186,6 +186,14 @@ def test_start_from_reference_trains_from_the_initial_policy() -> None:
     assert advance("r/iter-2/train", run=run).requests["r/iter-2/train"].payload["start"] == "models/sft"
 
 
+@pytest.mark.parametrize(("own", "seed"), [(None, 7), (3, 3)])
+def test_the_run_s_seed_reaches_training_unless_dpo_has_its_own(own: int | None, seed: int) -> None:
+    run = record()
+    dpo = run.recipe.dpo.model_copy(update={"seed": own})
+    run = run.model_copy(update={"recipe": run.recipe.model_copy(update={"seed": 7, "dpo": dpo})})
+    assert advance("r/iter-1/train", run=run).requests["r/iter-1/train"].payload["config"]["seed"] == seed
+
+
 def test_models_are_imported_before_anything_uses_them() -> None:
     run = record(policy_import="hub:a/b")
     planned = plan(run, RunControl(iterations=1), {})
