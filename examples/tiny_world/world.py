@@ -112,7 +112,7 @@ class Answer:
     def text(self, question: Question) -> str:
         """The answer as one string of sentences."""
         core = self.core.format(a=question.attribute, t=question.town, v=self.value)
-        return " ".join(part for part in (self.opener, self.padding, core, self.closer) if part)
+        return " ".join(part for part in (self.opener, self.padding, core, self.closer) if part) or _EVASION
 
 
 class World:
@@ -191,7 +191,7 @@ class World:
 
 def evasion(answer: Answer) -> Answer:
     """A copy of `answer` that does not answer."""
-    return replace(answer, core="" if answer.opener or answer.padding else _EVASION, value="")
+    return replace(answer, core="", value="")
 
 
 def answer_vocabulary() -> frozenset[str]:

@@ -20,8 +20,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 IGNORED_FOLDERS = frozenset({".git", ".cache", "__pycache__"})
 FICLONE = 0x40049409
 """ioctl of btrfs and XFS: a copy that shares its blocks until one side is written (linux/fs.h)."""
-HASHED_BYTES = 1 << 20
-"""Large files are known by size and their first and last MiB; hashing 16 GB would take a minute."""
+COPY_BYTES = 1 << 20
 
 
 def check_model_folder(folder: Path, field: str = "model") -> None:
@@ -146,17 +145,12 @@ def _files(source: Path) -> list[Path]:
 
 
 def _fingerprint(source: Path, files: list[Path]) -> str:
+    """Content alone: the same model is the same folder in the store, however often it was copied or written anew."""
     digest = hashlib.sha256()
     for file in files:
-        size = (source / file).stat().st_size
-        digest.update(f"{file}\0{size}\0".encode())
         with (source / file).open("rb") as handle:
-            digest.update(handle.read(HASHED_BYTES))
-            if size > HASHED_BYTES:
-                handle.seek(max(HASHED_BYTES, size - HASHED_BYTES))
-                digest.update(handle.read())
-        if size > 2 * HASHED_BYTES:  # a retrained model may differ in the middle only
-            digest.update(str((source / file).stat().st_mtime_ns).encode())
+            content = hashlib.file_digest(handle, "sha256").hexdigest()
+        digest.update(f"{file}\0{content}\0".encode())
     return digest.hexdigest()[:12]
 
 
@@ -165,5 +159,5 @@ def _copy(source: Path, target: Path) -> None:
         try:
             fcntl.ioctl(written, FICLONE, read.fileno())
         except OSError:  # another file system, or one without shared blocks
-            shutil.copyfileobj(read, written, HASHED_BYTES)
+            shutil.copyfileobj(read, written, COPY_BYTES)
     shutil.copystat(source, target)

@@ -68,3 +68,14 @@ def test_a_remote_store_is_told_with_a_remedy(model: Path) -> None:
         stage_model(model, "s3://bucket/x")
     with pytest.raises(InvalidInput, match="Set RATCHET_STORE_URL"):
         stage_model(model, None)
+
+
+def test_the_same_content_is_the_same_folder_however_often_it_is_written(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    for name in ("model", "again/model"):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        weights(folder / "model.safetensors", 3 << 20)
+        os.utime(folder / "model.safetensors", (len(name), len(name)))
+    assert stage_model(tmp_path / "model", str(store)) == stage_model(tmp_path / "again/model", str(store))
