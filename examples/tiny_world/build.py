@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from examples.tiny_world.files import BuiltWorld
 from examples.tiny_world.judge import GoldJudge
 from examples.tiny_world.world import Question, World, WorldSettings, evasion
 
@@ -61,31 +63,10 @@ class BuildSettings:
     world: WorldSettings = field(default_factory=WorldSettings)
 
 
-@dataclass(frozen=True)
-class BuiltWorld:
-    """Where `build` wrote everything."""
-
-    base: Path
-    sft: Path
-    preferences: Path
-    preferences_heldout: Path
-    prompts: Path
-    heldout: Path
-    settings: Path
-
-
 def build(out: Path, seed: int = 0, settings: BuildSettings | None = None) -> BuiltWorld:
     """Write the world of `seed` under `out` and return the paths. `settings`, when given, brings its own seed."""
     settings = settings or BuildSettings(seed=seed, world=WorldSettings(seed=seed))
-    paths = BuiltWorld(
-        base=out / "base",
-        sft=out / "sft.jsonl",
-        preferences=out / "preferences.jsonl",
-        preferences_heldout=out / "preferences_heldout.jsonl",
-        prompts=out / "prompts.jsonl",
-        heldout=out / "heldout.jsonl",
-        settings=out / "build_settings.json",
-    )
+    paths = BuiltWorld.under(out)
     out.mkdir(parents=True, exist_ok=True)
     world = World(settings.world)
     conversations = sft_conversations(world, settings.sft_samples)
@@ -101,6 +82,7 @@ def build(out: Path, seed: int = 0, settings: BuildSettings | None = None) -> Bu
         settings.vocabulary_size,
         settings.max_position_embeddings,
     )
+    transformers.utils.logging.disable_progress_bar()  # the whole model is 3 MB
     tokenizer.save_pretrained(paths.base)
     initialise_model(settings, tokenizer).save_pretrained(paths.base)
     return paths

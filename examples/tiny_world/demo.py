@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import subprocess
 import sys
 import time
 import tomllib
@@ -24,7 +25,7 @@ from typing import Any
 
 from rich.console import Console
 
-from examples.tiny_world.build import BuiltWorld, build
+from examples.tiny_world.files import BuiltWorld
 from examples.tiny_world.judge import GoldJudge, win_rate
 from examples.tiny_world.observers import MemorySampler, OutsideTraffic
 from examples.tiny_world.report import (
@@ -38,7 +39,7 @@ from examples.tiny_world.report import (
 from ratchet.cli.watch import watch_run
 from ratchet.client import RatchetClient
 from ratchet.local.stack import LocalStack, StackSettings
-from services.contracts.errors import RatchetError
+from services.contracts.errors import JobFailed, RatchetError
 from services.contracts.recipes import Recipe
 from services.contracts.rollouts import Rollout
 from services.contracts.runs import RunStatus, RunView
@@ -53,6 +54,7 @@ from services.contracts.training import (
 )
 
 HERE = Path(__file__).parent
+BUILD_SECONDS = 300.0
 READY_SECONDS = 300.0
 """A cold machine imports torch in four processes at once."""
 ENGINE_SECONDS = 600.0
@@ -102,7 +104,7 @@ def run_demo(folder: Path, seed: int, iterations: int, console: Console) -> Demo
     stack = LocalStack(folder / "stack", StackSettings(environment=dict(settings["environment"])))
     step(console, "1/5", "starting Redis and the services, and building a world meanwhile")
     with stack, MemorySampler(stack) as memory:
-        world = build(folder / f"world-{seed}", seed)
+        world = build_world(folder / f"world-{seed}", seed)
         stack.wait_ready(READY_SECONDS)
         with stack.client() as client, ThreadPoolExecutor(1) as background:
             step(console, "2/5", "SFT and reward model, from scratch (kept for the next run)")
@@ -134,6 +136,15 @@ def run_demo(folder: Path, seed: int, iterations: int, console: Console) -> Demo
     write_json(report, folder / "report.json")
     write_html(report, folder / "report.html")
     return report
+
+
+def build_world(out: Path, seed: int) -> BuiltWorld:
+    """Build the world in a process of its own: this one stays small, without torch. Raises JobFailed."""
+    command = [sys.executable, "-m", "examples.tiny_world.build", "--out", str(out), "--seed", str(seed)]
+    built = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=False)
+    if built.returncode:
+        raise JobFailed(f"the world could not be built: {built.stderr.strip().splitlines()[-1:] or built.returncode}")
+    return BuiltWorld.under(out)
 
 
 def step(console: Console, number: str, text: str) -> None:

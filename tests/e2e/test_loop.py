@@ -13,7 +13,8 @@ import httpx
 import openai
 import pytest
 
-from examples.tiny_world.build import BuildSettings, BuiltWorld, build
+from examples.tiny_world.build import BuildSettings, build
+from examples.tiny_world.files import BuiltWorld
 from ratchet.client import RatchetClient
 from ratchet.local.stack import LocalStack, StackSettings
 

@@ -14,7 +14,8 @@ import pytest
 import transformers
 
 from examples.tiny_world import build as builder
-from examples.tiny_world.build import BuildSettings, BuiltWorld, build
+from examples.tiny_world.build import BuildSettings, build
+from examples.tiny_world.files import BuiltWorld
 from examples.tiny_world.judge import GoldJudge, win_rate
 from examples.tiny_world.world import (
     ATTRIBUTES,
