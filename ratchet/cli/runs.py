@@ -52,7 +52,7 @@ def run(
     train_batch_size: Annotated[int | None, typer.Option(help="Pairs per optimiser step.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Most tokens of prompt and response in training.")] = None,
     beta: Annotated[float | None, typer.Option(help="Of DPO.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of prompts, sampling and pairs; DPO has dpo.seed.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of prompts, sampling, pairs and training.")] = None,
     skip_bad_lines: Annotated[
         bool, typer.Option("--skip-bad-lines", help="Skip and count broken prompt lines.")
     ] = False,
