@@ -20,7 +20,9 @@ from rich.text import Text
 from services.contracts.runs import Stage
 
 MIB = 1 << 20
-BAR_WIDTH = 30
+BAR_WIDTH = 25
+SHORT = {"evaluate": "eval", "evaluate-score": "eval score"}
+"""Stage names as the terminal's table heads them, to fit 80 columns."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def read_json(path: Path) -> DemoReport:
     return DemoReport(**data)
 
 
-HEADERS = ("", "decision", "proxy reward", "gold utility", "gold win vs SFT (95 % CI)", "tokens", "KL")
+HEADERS = ("", "decision", "proxy", "gold utility", "gold win rate vs SFT", "tokens", "KL")
 
 
 def rows(report: DemoReport) -> list[tuple[str, ...]]:
@@ -125,7 +127,7 @@ def stage_rows(report: DemoReport) -> tuple[tuple[str, ...], list[tuple[str, ...
 
 def _percent(it: IterationReport) -> str:
     low, high = it.gold_win_rate_ci
-    return f"{100 * it.gold_win_rate:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
+    return f"{100 * it.gold_win_rate:.0f} % ({100 * low:.0f}-{100 * high:.0f})"
 
 
 def facts(report: DemoReport) -> list[str]:
@@ -144,6 +146,7 @@ def facts(report: DemoReport) -> list[str]:
     told.append(
         f"judged on {report.heldout_prompts} held-out prompts: unseen wordings, entities never used in the loop"
     )
+    told.append("proxy: mean raw reward; win rate: ties count half, with its 95 % interval; KL: nats per response")
     return told
 
 
@@ -158,7 +161,7 @@ def print_report(report: DemoReport, console: Console) -> None:
     header, cells = stage_rows(report)
     stages = Table(header_style="dim", box=None, pad_edge=False)
     for index, name in enumerate(header):
-        stages.add_column(name, justify="right" if index else "left", style="dim")
+        stages.add_column(SHORT.get(name, name), justify="right" if index else "left", style="dim", no_wrap=True)
     for cell in cells:
         stages.add_row(*cell)
     console.print(Padding(stages, (0, 0, 1, 2)))
