@@ -25,8 +25,8 @@ JOB_SECONDS = 300.0
 RUN_SECONDS = 600.0
 PROMPTS, HELDOUT, N = 16, 24, 4
 SMALL = BuildSettings(
-    hidden_size=64, attention_heads=2, layers=2, intermediate_size=128, vocabulary_size=512, sft_samples=600, preference_pairs=300,
-    held_out_preference_pairs=40, loop_prompts=64, held_out_prompts=HELDOUT,
+    hidden_size=64, attention_heads=2, layers=2, intermediate_size=128, vocabulary_size=512, sft_samples=600,
+    preference_pairs=300, held_out_preference_pairs=40, loop_prompts=64, held_out_prompts=HELDOUT,
 )  # fmt: skip
 
 
