@@ -55,3 +55,37 @@ class PolicyWorkerExtension:
                     head.weight.copy_(embedding.weight)  # in place: CUDA graphs hold this address
                 head.quant_method.process_weights_after_loading(head)
         return True
+
+
+def keep_seeded_requests_alive() -> None:
+    """On a CPU, let a seeded request's prompt be prefilled in pieces; vLLM 0.32 would end the whole engine.
+
+    It samples after each piece, throws the token away and rewinds the request's generator by an offset, which only CUDA
+    generators have (`RuntimeError: CPU Generator does not use offset`). Here those generators are kept out of its way,
+    and one that has given no token yet begins anew, so that the answer does not depend on where the prompt was cut.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    runner: Any = GPUModelRunner
+    bookkeeping = runner._bookkeeping_sync
+
+    def _bookkeeping_sync(self: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = self.input_batch
+        thrown_away = [int(i) for i in self.discard_request_mask.np[: batch.num_reqs].nonzero()[0]]
+        held = {i: batch.generators.pop(i) for i in thrown_away if i in batch.generators}
+        try:
+            return bookkeeping(self, *args, **kwargs)
+        finally:
+            for i, generator in held.items():
+                if not self.requests[batch.req_ids[i]].output_token_ids:
+                    generator.manual_seed(generator.initial_seed())
+                batch.generators[i] = generator
+
+    runner._bookkeeping_sync = _bookkeeping_sync
+
+
+keep_seeded_requests_alive()  # this module is imported in vLLM's worker, and nowhere else

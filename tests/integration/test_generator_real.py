@@ -76,6 +76,14 @@ def test_rollouts_are_repeatable(real_generator: RealGenerator) -> None:
     assert ask_rollouts(real_generator, "models/a", 6, seed=8) != first
 
 
+def test_seeded_prompts_that_do_not_fit_one_prefill_batch_are_answered_too(real_generator: RealGenerator) -> None:
+    pid = real_generator.ensure("a").engine_pid
+    body = rollout_body("models/a", prompts(96, "Number {}. " + "Tell me more about it. " * 8))
+    lines = lines_of(real_generator.client.post(f"{real_generator.url}/v1/rollouts", json=body))
+    assert [line.failure for line in lines if line.failure] == []
+    assert real_generator.info().engine_pid == pid, "vLLM on a CPU would have died: CPU Generator does not use offset"
+
+
 def test_vllm_s_own_reload_leaves_a_tied_head_behind_and_the_proof_catches_it(real_generator: RealGenerator) -> None:
     real_generator.ensure("a")
     store = ArtifactStore(str(real_generator.folder / "store"))
