@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import stamina.instrumentation
 from pydantic import SecretStr
 
 from services.contracts.errors import InvalidInput, NotFound, Unauthorized
@@ -17,6 +18,9 @@ ENVIRONMENT = {
 }  # fmt: skip
 ALIAS = "RATCHET_URL"
 """Short for RATCHET_ORCHESTRATOR_URL."""
+
+# A person at a terminal is told when the retries are spent, not at each one. (Services do not import this package.)
+stamina.instrumentation.set_on_retry_hooks([])
 
 
 @dataclass(frozen=True)
