@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=.venv/bin/python uv=.venv/bin/uv
 torch=$(sed -n 's/^  "\(torch==[0-9.]*\)".*/\1/p' pyproject.toml | head -n 1)
 eval "$($python scripts/package_sources.py --wheel "$torch+cpu")"
-everything=(--extra reward --extra trainer --extra orchestrator --extra local --extra demo --extra dev)
+everything=(--extra reward --extra trainer --extra orchestrator --extra local --extra demo --extra trackers --extra dev)
 options=(--quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 --custom-compile-command "make lock")
 backend=()
 [[ $RATCHET_TORCH_SOURCE != pytorch ]] || backend=(--torch-backend=cpu)

@@ -20,7 +20,8 @@ os.environ.update(
 )
 
 # Seconds one test may take, by folder. End to end: vLLM on CPU alone needs up to 110 s to start.
-TIMEOUT_S = {"unit": 60, "integration": 180, "e2e": 900}
+# Compose: images are built first, and each container is killed and comes back once.
+TIMEOUT_S = {"unit": 60, "integration": 180, "browser": 180, "e2e": 900, "compose": 2400}
 TESTS = Path(__file__).parent
 
 
