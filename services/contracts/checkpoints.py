@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from services.contracts.device import DeviceLease
 from services.contracts.model import Contract, StorePath, TokenIds
 
 MANIFEST_NAME = "MANIFEST.json"
@@ -93,7 +94,7 @@ class PolicySpec(Contract):
 class PolicyInfo(Contract):
     """Answer of `GET /v1/policy` and `PUT /v1/policy`."""
 
-    state: Literal["empty", "starting", "serving", "swapping", "failed"]
+    state: Literal["empty", "starting", "serving", "swapping", "asleep", "waking", "failed"]
     version: str | None = None
     checkpoint: str | None = None
     trial: bool = False
@@ -105,4 +106,5 @@ class PolicyInfo(Contract):
     proof_deviation: float | None = Field(
         default=None, description="Largest |log-prob - manifest| of the last proof, nats."
     )
-    detail: str | None = Field(default=None, description="Why the state is `starting`, `failed` or `swapping`.")
+    detail: str | None = Field(default=None, description="Why the state is another than `serving`.")
+    lease: DeviceLease | None = Field(default=None, description="Who holds the device while vLLM sleeps.")

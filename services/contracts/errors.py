@@ -63,6 +63,12 @@ class Conflict(RatchetError):
     status, code, title = 409, "conflict", "Conflict"
 
 
+class DeviceLeased(Conflict):
+    """Somebody else holds the lease on the device; the message names the holder. Over when the lease is."""
+
+    code, title, retryable = "device-leased", "Device is leased", True
+
+
 class PolicyMismatch(Conflict):
     """The generator serves another policy version than the request names."""
 

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import Depends, FastAPI, Query, Request
 from fastapi import Response as HttpResponse
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from services.contracts.checkpoints import PolicyInfo, PolicySpec
+from services.contracts.device import DeviceLease, Holder, LeaseRequest
 from services.contracts.errors import PolicyMismatch, RatchetError, Unavailable
 from services.contracts.rollouts import RolloutLine, RolloutRequest
 from services.generator import metrics
+from services.generator.engine_metrics import EngineMetrics
 from services.generator.gate import RETRY_SECONDS, Gate
 from services.generator.passthrough import openai_error, pass_through
 from services.generator.policy import PolicyServer, StartEngine, start_engine
 from services.generator.rollouts import RolloutSampler, check_lengths
 from services.generator.settings import GeneratorSettings
+from services.generator.turns import Turns
 from services.generator.watch import Watcher
 from services.platform.auth import require_token
 from services.platform.logs import get_logger
@@ -35,6 +39,8 @@ NDJSON = "application/x-ndjson"
 
 class HeldStream(StreamingResponse):
     """A stream that lets go of what it holds (its place at the gate), also when it never began."""
+
+    media_type = NDJSON  # what /openapi.json says of the route
 
     def __init__(self, lines: AsyncIterator[bytes], held: AsyncExitStack, headers: dict[str, str]) -> None:
         super().__init__(lines, media_type=NDJSON, headers=headers)
@@ -59,19 +65,25 @@ def create_app(settings: GeneratorSettings, start: StartEngine = start_engine) -
         max_rollouts=settings.generator_max_rollout_requests,
     )
     policy = PolicyServer(settings, ArtifactStore(settings.store_url), gate, start)
+    turns = Turns(settings, policy)
     watcher = Watcher(policy, settings)
     slots = asyncio.Semaphore(settings.generator_rollout_concurrency)
 
     async def load_first() -> None:
         if settings.generator_policy is None:
             return
-        try:
-            await policy.put(PolicySpec(checkpoint=settings.generator_policy))
-        except RatchetError as error:
-            log.error("first_policy_failed", checkpoint=settings.generator_policy, detail=error.detail)
+        while await policy.leases.free(math.inf):
+            try:
+                await policy.put(PolicySpec(checkpoint=settings.generator_policy))
+            except RatchetError as error:
+                if policy.leases.blocked():
+                    continue  # leased in between
+                log.error("first_policy_failed", checkpoint=settings.generator_policy, detail=error.detail)
+            return
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        policy.leases.begin_grace()
         tasks = [asyncio.create_task(watcher.run()), asyncio.create_task(load_first())]
         try:
             yield
@@ -79,6 +91,7 @@ def create_app(settings: GeneratorSettings, start: StartEngine = start_engine) -
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            await turns.close()
             await policy.close()
 
     async def ready() -> str | None:
@@ -88,6 +101,7 @@ def create_app(settings: GeneratorSettings, start: StartEngine = start_engine) -
         "generator", title="Ratchet generator", version="1", lifespan=lifespan, live=watcher.dead, ready=ready
     )
     app.state.policy = policy
+    app.state.more_metrics.append(EngineMetrics(policy))
     control = [Depends(require_token(settings.token))]
 
     @app.get("/v1/policy", tags=["policy"], summary="Which policy is served, and in what state")
@@ -101,13 +115,24 @@ def create_app(settings: GeneratorSettings, start: StartEngine = start_engine) -
             response.status_code = 202
         return info
 
+    @app.put("/v1/device/lease", tags=["device"], summary="Take the device, or renew the lease", dependencies=control)
+    async def put_lease(body: LeaseRequest, request: Request) -> DeviceLease:  # pyright: ignore[reportUnusedFunction]
+        """vLLM finishes, and sleeps until the lease is given back or runs out. Needs RATCHET_GENERATOR_SLEEP."""
+        return await turns.lend(body, request.is_disconnected)
+
+    @app.delete("/v1/device/lease", tags=["device"], summary="Give the device back: vLLM wakes", dependencies=control)
+    async def delete_lease(holder: Annotated[Holder, Query()]) -> PolicyInfo:  # pyright: ignore[reportUnusedFunction]
+        """Answers at once; the policy is served when it is proven again, see `GET /v1/policy`."""
+        return turns.give_back(holder)
+
     @app.post(
         "/v1/rollouts",
         tags=["rollouts"],
         summary="Sample many prompts; one NDJSON line each, in order of completion",
         dependencies=control,
+        status_code=200,
         response_model=RolloutLine,
-        response_class=StreamingResponse,
+        response_class=HeldStream,
     )
     async def post_rollouts(body: RolloutRequest, request: Request) -> HttpResponse:  # pyright: ignore[reportUnusedFunction]
         async with AsyncExitStack() as held:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import sys
 from collections import deque
 from pathlib import Path
 from typing import IO
+
+import structlog
 
 from services.contracts.errors import Unavailable
 from services.generator.engine_client import EngineClient
@@ -18,6 +21,7 @@ from services.platform.logs import get_logger
 from services.platform.service import free_port
 
 log = get_logger(__name__)
+vllm_log = get_logger("vllm")
 
 TAIL_LINES = 40
 """Lines of vLLM's log kept for an error message."""
@@ -25,6 +29,8 @@ LINE_BYTES = 1 << 20
 READY_POLL_SECONDS = 0.25
 GIB = 1 << 30
 EXTENSION = "services.generator.worker_extension.PolicyWorkerExtension"
+SLEEP_FLAG = "--enable-sleep-mode"
+"""`vllm_server` takes it away where vLLM knows no sleep mode and would refuse to start."""
 LAUNCHER = Path(__file__).with_name("launcher.py")
 
 
@@ -54,6 +60,8 @@ def engine_arguments(settings: GeneratorSettings, model: Path, port: int) -> lis
         arguments += ["--kv-cache-memory-bytes", str(int(settings.generator_kv_cache_gib * GIB))]
     if settings.generator_enforce_eager:
         arguments.append("--enforce-eager")
+    if settings.generator_sleep:
+        arguments.append(SLEEP_FLAG)
     return [*arguments, *settings.generator_engine_args]
 
 
@@ -155,6 +163,7 @@ class Engine:
 
     async def _forward_log(self, log_file: Path | None) -> None:
         assert self._process.stdout is not None
+        structlog.contextvars.unbind_contextvars("request_id", "trace_id")  # of the request that started vLLM
         sink = _open_log(log_file)
         try:
             while True:
@@ -167,7 +176,10 @@ class Engine:
                 text = line.decode(errors="replace").rstrip("\n")
                 self._tail.append(text[:500])
                 with contextlib.suppress(OSError):  # a full disk must not look like a dead vLLM
-                    print(text, file=sink, flush=True)
+                    if sink is sys.stdout:
+                        vllm_log.log(level_of(text), text)  # stdout is JSON, line by line
+                    else:
+                        print(text, file=sink, flush=True)
             await self._process.wait()
             self._kill_group()
         finally:
@@ -175,6 +187,12 @@ class Engine:
             if sink is not sys.stdout:
                 with contextlib.suppress(OSError):
                     sink.close()
+
+
+def level_of(line: str) -> int:
+    """Level of a line of vLLM's log: `(EngineCore pid=7) WARNING 11-24 10:40:51 [model.py:1] …`."""
+    start = line[:40]
+    return logging.ERROR if "ERROR " in start else logging.WARNING if "WARNING " in start else logging.INFO
 
 
 def _open_log(log_file: Path | None) -> IO[str]:

@@ -25,6 +25,8 @@ class EngineDescription(BaseModel):
 
     dtype: str
     max_model_len: int
+    sleep_mode: bool = False
+    """Whether sleeping frees the memory; vLLM on CPU only pauses."""
 
 
 class EngineRejected(UpstreamFailed):
@@ -76,6 +78,16 @@ class EngineClient:
         except httpx.HTTPError:
             return False
 
+    async def metrics(self, seconds: float) -> str:
+        """vLLM's metrics in Prometheus' text format. Raises RatchetError when it does not answer in time."""
+        self.check_open("/metrics")
+        try:
+            return (await self._control.get("/metrics", timeout=seconds)).raise_for_status().text
+        except httpx.HTTPStatusError as error:
+            raise UpstreamFailed(f"vLLM answered /metrics with {error.response.status_code}") from error
+        except httpx.HTTPError as error:
+            raise transport_error(error, "/metrics", seconds) from error
+
     async def describe(self) -> EngineDescription:
         """dtype and context length of the running engine."""
         found = await self._rpc("describe_policy", {}, self._settings.generator_control_seconds)
@@ -98,6 +110,38 @@ class EngineClient:
     async def resume(self) -> None:
         """Schedule again."""
         await self._post("/resume", {}, self._settings.generator_control_seconds)
+
+    async def sleep(self) -> None:
+        """Abort what still runs, move the weights to host memory and drop the KV cache (level 1 of vLLM's sleep).
+
+        Raises:
+            UpstreamFailed: vLLM says that it does not sleep. How much of the device it holds is then unknown.
+        """
+        await self._post("/sleep?level=1&mode=abort", {}, self._settings.generator_sleep_seconds)
+        if not await self._sleeping():
+            raise UpstreamFailed("vLLM answered /sleep and says that it is awake")
+
+    async def wake_up(self) -> None:
+        """Bring the weights back to the device, and schedule again.
+
+        Raises:
+            UpstreamFailed: vLLM says that it still sleeps.
+        """
+        found = await self._post("/wake_up", {}, self._settings.generator_sleep_seconds)
+        if found.get("status") != "awake" or await self._sleeping():
+            raise UpstreamFailed(f"vLLM answered /wake_up with {str(found)[:200]} and still sleeps")
+
+    async def _sleeping(self) -> bool:
+        path, seconds = "/is_sleeping", self._settings.generator_control_seconds
+        self.check_open(path)
+        try:
+            response = await self._control.get(path, timeout=seconds)
+        except httpx.HTTPError as error:
+            raise transport_error(error, path, seconds) from error
+        try:
+            return bool(response.raise_for_status().json()["is_sleeping"])
+        except (httpx.HTTPStatusError, ValueError, KeyError, TypeError) as error:
+            raise UpstreamFailed(f"vLLM answered {path} with {response.status_code} {response.text[:200]}") from error
 
     async def reset_prefix_cache(self) -> None:
         """Forget the keys and values that the old weights made."""

@@ -18,6 +18,7 @@ from contextlib import asynccontextmanager
 from typing import Literal
 
 from services.contracts.errors import Overloaded, Unavailable
+from services.generator import metrics
 
 Traffic = Literal["outside", "rollouts"]
 RETRY_SECONDS = 5.0
@@ -82,6 +83,7 @@ class Gate:
     async def admitted(self, traffic: Traffic) -> AsyncIterator[None]:
         """Around a whole request, waiting included. Raises Overloaded when there are too many of its kind."""
         if self._admitted[traffic] >= self._most[traffic]:
+            metrics.REFUSED.labels(traffic, "too_many").inc()
             raise Overloaded(
                 f"{self._admitted[traffic]} {traffic} requests are waiting or running, which is the limit "
                 f"(RATCHET_GENERATOR_MAX_{'OUTSIDE' if traffic == 'outside' else 'ROLLOUT'}_REQUESTS); try again later",
@@ -99,10 +101,17 @@ class Gate:
         Raises:
             Unavailable: the gate is shut, or did not open in time; the message says why.
         """
+        if self._shut is None and traffic in self._held:
+            with metrics.WAITING.labels(traffic).track_inprogress(), metrics.GATE_WAIT_SECONDS.labels(traffic).time():
+                return await self._pass(traffic)
+        return await self._pass(traffic)
+
+    async def _pass(self, traffic: Traffic) -> Ticket:
         loop = asyncio.get_running_loop()
         started = loop.time()
         while True:
             if self._shut is not None:
+                metrics.REFUSED.labels(traffic, "shut").inc()
                 raise Unavailable(self._shut, retry_after_seconds=RETRY_SECONDS)
             if traffic not in self._held:
                 assert self._version is not None
@@ -116,6 +125,7 @@ class Gate:
                 async with asyncio.timeout_at(started + limit):
                     await changed.wait()
             except TimeoutError:
+                metrics.REFUSED.labels(traffic, "timeout").inc()
                 raise Unavailable(
                     f"{self._why}; this request waited {limit:g} s for it to end", retry_after_seconds=RETRY_SECONDS
                 ) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -82,15 +83,25 @@ class RolloutSampler:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _line(self, prompt: Prompt) -> RolloutLine:
+        # A prompt without a trace id of its own is logged with the request's, which is in the log's context.
+        ids = {"prompt_id": prompt.id} | ({"trace_id": prompt.trace_id} if prompt.trace_id else {})
+        started = time.monotonic()
         try:
             rollout = await self._rollout(prompt)
         except RatchetError as error:
             outcome = "retryable" if error.retryable else "failed"
             metrics.ROLLOUT_PROMPTS.labels(outcome).inc()
-            log.warning("rollout_failed", prompt=prompt.id, code=error.code, detail=error.detail)
+            log.warning("prompt_failed", **ids, code=error.code, detail=error.detail, retryable=error.retryable)
             return RolloutLine(failure=RolloutFailure(prompt_id=prompt.id, problem=error.problem()))
+        seconds = time.monotonic() - started
+        tokens = sum(len(response.token_ids) for response in rollout.responses)
         metrics.ROLLOUT_PROMPTS.labels("done").inc()
-        metrics.ROLLOUT_TOKENS.inc(sum(len(response.token_ids) for response in rollout.responses))
+        metrics.ROLLOUT_PROMPT_SECONDS.observe(seconds)
+        metrics.ROLLOUT_TOKENS.inc(tokens)
+        log.info(
+            "prompt_sampled", **ids, policy_version=rollout.policy_version, responses=len(rollout.responses),
+            tokens=tokens, seconds=round(seconds, 3),
+        )  # fmt: skip
         return RolloutLine(rollout=rollout)
 
     async def _rollout(self, prompt: Prompt) -> Rollout:
@@ -108,6 +119,7 @@ class RolloutSampler:
             prompt_token_ids=found[0][0],
             responses=tuple(response for _, responses in found for response in responses),
             policy_version=self._request.policy_version,
+            trace_id=prompt.trace_id,
         )
 
     async def _guarded(

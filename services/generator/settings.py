@@ -54,6 +54,24 @@ class GeneratorSettings(ServiceSettings):
         description="Program run instead of `python -m services.generator.vllm_server`, which runs vLLM's API server.",
     )
 
+    # --- taking turns on one device
+    generator_sleep: bool = Field(
+        default=False,
+        description="Give up the device while somebody leases it (`PUT /v1/device/lease`; the trainer does, with "
+        "RATCHET_TRAINER_GENERATOR_URL). vLLM then runs with --enable-sleep-mode: its weights go to host memory, which "
+        "must have room for them, and its KV cache is dropped. vLLM on CPU has no sleep mode: there a lease stops "
+        "generation and frees the cores, but no memory.",
+    )
+    generator_sleep_seconds: float = Field(
+        default=120.0, gt=0, description="Deadline of vLLM's falling asleep, and of its waking (16 GB take seconds)."
+    )
+    generator_lease_grace_seconds: float = Field(
+        default=30.0,
+        gt=0,
+        description="With RATCHET_GENERATOR_SLEEP: a generator that starts waits this long for a holder to renew its "
+        "lease before it starts vLLM, which would not fit beside the training. Above a third of the lease.",
+    )
+
     # --- deadlines, seconds
     generator_start_seconds: float = Field(
         default=600.0, gt=0, description="vLLM must answer within it. On CPU 30 to 150 s were seen, nearly all imports."

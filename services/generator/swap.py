@@ -1,16 +1,30 @@
-"""Loading weights into a running engine, and proving what it serves."""
+"""Draining a running engine, loading weights into it, and proving what it serves."""
 
 from __future__ import annotations
 
 from services.contracts.errors import SwapFailed
+from services.generator import metrics
 from services.generator.checkpoint_checks import Checkpoint
 from services.generator.engine_client import EngineClient, EngineDescription
+from services.generator.gate import Gate
 from services.generator.probes import Proof, Tolerance, judge, usable_probes
 from services.generator.settings import GeneratorSettings
+
+INTERRUPT_SECONDS = 5.0
+"""An interrupted request needs no more to let go of its connection to vLLM."""
 
 
 class NotProven(SwapFailed):
     """The engine does not serve what the checkpoint's manifest promises."""
+
+
+async def drain_for_change(gate: Gate, settings: GeneratorSettings) -> None:
+    """Empty a closed gate: what has sent nothing is taken back, begun streams get their time, then they are ended."""
+    if not await gate.drain(settings.generator_drain_seconds):
+        gate.interrupt(ticket for ticket in gate.in_flight() if not ticket.committed)
+        if not await gate.drain(settings.generator_stream_drain_seconds):
+            gate.interrupt(gate.in_flight())
+            await gate.drain(INTERRUPT_SECONDS)
 
 
 def tolerance_for(dtype: str, settings: GeneratorSettings) -> Tolerance:
@@ -41,6 +55,7 @@ async def prove(
     proof = judge(probes, served, tolerance, old.manifest.logprob_probes if old else ())
     if not proof.proven:
         raise NotProven(f"{checkpoint.version} is not what the engine serves: {proof.reason}")
+    metrics.PROOF_DEVIATION.set(proof.largest)
     return proof
 
 

@@ -48,7 +48,7 @@ class Watcher:
     async def _round(self) -> None:
         policy, settings = self._policy, self._settings
         engine = policy.engine
-        if engine is None or policy.state != "serving" or policy.changing:
+        if engine is None or not policy.steady:
             self._missed = 0
             await asyncio.sleep(settings.generator_health_interval_seconds / 4)
             return
@@ -57,7 +57,7 @@ class Watcher:
                 await engine.died.wait()
         except TimeoutError:
             pass
-        if engine is not policy.engine or policy.changing:
+        if engine is not policy.engine or not policy.steady:
             return
         if engine.died.is_set():
             metrics.READY.set(0)
@@ -65,7 +65,7 @@ class Watcher:
             return
         if await engine.client.healthy(settings.generator_health_deadline_seconds):
             self._missed, policy.silent = 0, None
-        elif engine is policy.engine and not policy.changing:
+        elif engine is policy.engine and policy.steady:
             self._missed += 1
             missed = f"vLLM missed {self._missed} health checks in a row"
             policy.silent = missed

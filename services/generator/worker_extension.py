@@ -18,9 +18,13 @@ class PolicyWorkerExtension:
     reload_weights: Any
 
     def describe_policy(self) -> dict[str, Any]:
-        """dtype and context length of the running model."""
-        dtype = str(self.model_config.dtype).removeprefix("torch.")
-        return {"dtype": dtype, "max_model_len": int(self.model_config.max_model_len)}
+        """dtype and context length of the running model, and whether its memory can be given up."""
+        config = self.model_config
+        return {
+            "dtype": str(config.dtype).removeprefix("torch."),
+            "max_model_len": int(config.max_model_len),
+            "sleep_mode": bool(config.enable_sleep_mode),
+        }
 
     def load_policy(self, weights_path: str) -> dict[str, Any]:
         """Load the weights of a checkpoint folder in place. Answers whether a tied LM head was renewed.

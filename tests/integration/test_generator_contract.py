@@ -33,6 +33,7 @@ async def vllm(
     settings = make_settings(real_generator.folder / "store")
     if request.param == "fake":
         fake = FakeVllm(real_generator.folder / "store" / "models" / "a")
+        fake.sleep_mode = False  # as the real one, on CPU
         client = EngineClient("http://fake", settings, transport=StreamingTransport(fake.app, fake.gone))
     else:
         real_generator.ensure("a")  # not in a thread: see RealGenerator._start
@@ -43,7 +44,7 @@ async def vllm(
 
 async def test_it_says_what_it_is(vllm: EngineClient) -> None:
     assert await vllm.healthy(5)
-    assert (await vllm.describe()).model_dump() == {"dtype": "float32", "max_model_len": 256}
+    assert (await vllm.describe()).model_dump() == {"dtype": "float32", "max_model_len": 256, "sleep_mode": False}
 
 
 async def test_sampling_gives_ids_log_probs_and_finish_reasons_that_fit_together(vllm: EngineClient) -> None:
@@ -92,6 +93,39 @@ async def test_weights_are_swapped_in_place_and_back_and_the_log_probs_prove_it(
         served = await vllm.prompt_logprobs(new.logprob_probes)
         assert judge(new.logprob_probes, served, tolerance, old.logprob_probes).proven
         assert not judge(old.logprob_probes, served, tolerance).proven
+
+
+async def test_it_sleeps_and_wakes_when_told_and_gives_the_same_log_probs(
+    vllm: EngineClient, real_generator: RealGenerator
+) -> None:
+    probes = ArtifactStore(str(real_generator.folder / "store")).manifest("models/a").logprob_probes
+    before = await vllm.prompt_logprobs(probes)
+    for _ in range(2):
+        assert await asked(vllm, "GET", "/is_sleeping") == {"is_sleeping": False}
+        assert await asked(vllm, "POST", "/sleep?level=1&mode=abort") == {"status": "sleeping", "level": 1}
+        assert await asked(vllm, "GET", "/is_sleeping") == {"is_sleeping": True}
+        assert await vllm.healthy(5), "sleeping is not being ill"
+        assert await asked(vllm, "POST", "/wake_up") == {"status": "awake", "tags": None}
+        assert await asked(vllm, "GET", "/is_sleeping") == {"is_sleeping": False}
+    await vllm.sleep()
+    await vllm.wake_up()
+    await vllm.reset_prefix_cache()
+    assert await vllm.prompt_logprobs(probes) == before
+
+
+async def test_waking_what_is_awake_and_sleeping_twice_are_harmless(vllm: EngineClient) -> None:
+    await vllm.wake_up()
+    await vllm.sleep()
+    await vllm.sleep()
+    await vllm.wake_up()
+    assert await asked(vllm, "GET", "/is_sleeping") == {"is_sleeping": False}
+
+
+async def asked(vllm: EngineClient, method: str, path: str) -> object:
+    """The bare answer of one of vLLM's routes."""
+    response = await vllm.generation.request(method, path)
+    assert response.status_code == 200, response.text
+    return response.json()
 
 
 async def test_openai_errors_and_streams_have_openai_s_shape(vllm: EngineClient) -> None:

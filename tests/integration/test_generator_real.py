@@ -135,6 +135,55 @@ async def test_no_request_fails_and_none_is_mixed_while_policies_are_swapped_und
     assert not any("error" in answer.text for answer in answers)
 
 
+async def test_a_lease_keeps_vllm_idle_and_its_answers_and_log_probs_are_the_same_after_it(
+    real_generator: RealGenerator,
+) -> None:
+    before = real_generator.ensure("a")
+    rollouts = ask_rollouts(real_generator, "models/a", 4)
+    holder = "trainer-1 for run/iter-1/train"
+    lease = real_generator.lend(holder, seconds=6)
+    assert (lease.engine, lease.holder) == ("idle", holder), "vLLM on CPU has no sleep mode, and says so"
+    assert real_generator.info().state == "asleep"
+    ready = real_generator.client.get(f"{real_generator.url}/health/ready")
+    assert (ready.status_code, ready.json()["detail"]) == (503, f"asleep: {holder} holds the device")
+    assert real_generator.client.get(f"{real_generator.url}/health/live").status_code == 200
+    async with httpx.AsyncClient(base_url=real_generator.url, timeout=60) as client:
+        waiting = asyncio.create_task(client.post("/v1/chat/completions", json=CHAT))
+        for _ in range(3):  # renewals, in which no request gets past the gate
+            assert (await asyncio.to_thread(real_generator.lend, holder, 6)).id == lease.id
+        assert not waiting.done()
+        await asyncio.to_thread(real_generator.give_back, holder)
+        assert (await waiting).headers["x-policy-version"] == "models/a"
+    after = real_generator.info()
+    assert (after.state, after.engine_pid, after.engine_starts) == ("serving", before.engine_pid, before.engine_starts)
+    assert after.proof_deviation is not None
+    assert after.proof_deviation < FLOAT32_NATS
+    assert ask_rollouts(real_generator, "models/a", 4) == rollouts
+
+
+def test_a_lease_that_nobody_renews_ends_and_vllm_answers_again(real_generator: RealGenerator) -> None:
+    pid = real_generator.ensure("b").engine_pid
+    real_generator.lend("a trainer that is killed now", seconds=1)
+    answer = real_generator.client.post(f"{real_generator.url}/v1/chat/completions", json=CHAT)
+    assert (answer.status_code, answer.headers["x-policy-version"]) == (200, "models/b")
+    assert real_generator.info().engine_pid == pid
+
+
+def test_vllm_killed_while_it_sleeps_is_started_when_the_device_is_given_back(real_generator: RealGenerator) -> None:
+    before = real_generator.ensure("b")
+    assert before.engine_pid is not None
+    real_generator.lend("trainer-1", seconds=8)
+    os.killpg(before.engine_pid, signal.SIGKILL)
+    assert real_generator.lend("trainer-1", seconds=8).seconds_left > 7
+    assert (real_generator.info().state, real_generator.info().engine_starts) == ("asleep", before.engine_starts)
+    real_generator.give_back("trainer-1")
+    while real_generator.info().state == "starting":
+        time.sleep(0.2)
+    after = real_generator.info()
+    assert (after.state, after.version, after.engine_starts) == ("serving", "models/b", before.engine_starts + 1)
+    assert ask_rollouts(real_generator, "models/b", 1)
+
+
 def test_the_openai_client_works_unchanged(real_generator: RealGenerator) -> None:
     real_generator.ensure("a")
     with openai.OpenAI(base_url=f"{real_generator.url}/v1", api_key="any", max_retries=0) as client:

@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from services.generator.engine import Engine, EngineDied, engine_arguments, engine_environment
+from services.generator import vllm_server
+from services.generator.engine import SLEEP_FLAG, Engine, EngineDied, engine_arguments, engine_environment
 from tests.fixtures.generator import eventually, group_members, make_settings
 
 TREE = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
@@ -54,6 +56,24 @@ def test_every_engine_setting_reaches_the_command_line(tmp_path: Path) -> None:
         "--served-model-name mine",
     ):
         assert part in line
+
+
+@pytest.mark.parametrize("sleep", [False, True])
+def test_sleep_mode_is_asked_for_exactly_when_the_device_is_shared(tmp_path: Path, sleep: bool) -> None:
+    assert (SLEEP_FLAG in engine_arguments(make_settings(tmp_path, generator_sleep=sleep), tmp_path, 1)) is sleep
+
+
+@pytest.mark.parametrize(("known", "left"), [(True, ["--enable-sleep-mode", "--port", "1"]), (False, ["--port", "1"])])
+def test_sleep_mode_is_taken_back_where_vllm_would_refuse_to_start_with_it(
+    known: bool, left: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    platform = SimpleNamespace(device_name="cpu", is_sleep_mode_available=lambda: known)
+    monkeypatch.setitem(sys.modules, "vllm.platforms", SimpleNamespace(current_platform=platform))
+    assert vllm_server.SLEEP_FLAG == SLEEP_FLAG
+    arguments = [SLEEP_FLAG, "--port", "1"]
+    vllm_server.keep_awake_where_sleep_is_unknown(arguments)
+    assert arguments == left
+    assert ("no sleep mode on cpu" in capsys.readouterr().out) is not known
 
 
 async def test_stopping_ends_the_whole_tree_even_when_it_ignores_sigterm(tmp_path: Path) -> None:
