@@ -28,6 +28,17 @@ class PairQuery(Contract):
     max_margin: float | None = None
 
 
+MAX_PAGE = 1000
+"""Most rows of one page."""
+
+
+class PairPageQuery(PairQuery):
+    """Query parameters of `GET /v1/runs/{id}/iterations/{t}/pairs`."""
+
+    offset: int = Field(default=0, ge=0, description="Pairs to skip, of those found.")
+    limit: int = Field(default=50, ge=1, le=MAX_PAGE)
+
+
 class PairPage(Contract):
     """Answer of `GET /v1/runs/{id}/iterations/{t}/pairs`."""
 

@@ -9,6 +9,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from services.contracts.model import Contract
+from services.contracts.tracing import TraceId
 
 Role = Literal["system", "user", "assistant"]
 
@@ -34,6 +35,9 @@ class Prompt(Contract):
 
     id: str = Field(min_length=1, max_length=200, description="Unique in its set; by default a hash of the messages.")
     messages: tuple[Message, ...] = Field(min_length=1)
+    trace_id: TraceId | None = Field(
+        default=None, description="Logged with the prompt by every service; `tracing.prompt_trace_id` in a run."
+    )
 
     @model_validator(mode="after")
     def _ends_with_user(self) -> Self:

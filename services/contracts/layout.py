@@ -6,6 +6,16 @@ import re
 
 from services.contracts.checkpoints import MANIFEST_NAME
 
+ALL_RUNS = "runs"
+"""Topic of the events that tell of changes in any run. A run's own topic is its id, so no run may be called this."""
+
+STORE_FORMAT = 1
+"""Number of the layout that this page describes. Raise it when a release can no longer read what the last one wrote
+(a path moved, a column changed its meaning), and say in the release notes how a store is brought over."""
+
+FORMAT_FILE = "FORMAT.json"
+"""Says which STORE_FORMAT a store has; see `platform.store_format`."""
+
 
 def run_file(run: str) -> str:
     """`run.json` of a run."""
@@ -62,6 +72,16 @@ def checkpoint_folder(run: str, iteration: int) -> str:
 def iteration_file(run: str, iteration: int) -> str:
     """The iteration's record."""
     return f"{iteration_folder(run, iteration)}/iteration.json"
+
+
+def judgements_folder(run: str, iteration: int) -> str:
+    """What judges say of the iteration's policy, a file each."""
+    return f"{iteration_folder(run, iteration)}/judgements"
+
+
+def judgement_file(run: str, iteration: int, judge: str) -> str:
+    """One judge's judgement."""
+    return f"{judgements_folder(run, iteration)}/{judge}.json"
 
 
 def manifest_file(folder: str) -> str:

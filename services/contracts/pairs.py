@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from services.contracts.conversations import Message
 from services.contracts.model import Contract, TokenIds
+from services.contracts.tracing import TraceId
 
 PairRuleName = Literal["best_worst", "best_second", "best_random", "random"]
 
@@ -33,8 +34,8 @@ class LengthPenalty(Contract):
 
     model_config = ConfigDict(allow_inf_nan=False)
 
-    weight: float = Field(ge=0.0)
-    unit: Literal["characters", "tokens"] = "characters"
+    weight: float = Field(ge=0.0, description="Taken off the reward for each unit (the paper: 0.001 per character).")
+    unit: Literal["characters", "tokens"] = Field(default="characters", description="What is counted.")
 
 
 class PairRules(Contract):
@@ -42,7 +43,9 @@ class PairRules(Contract):
 
     model_config = ConfigDict(allow_inf_nan=False)
 
-    rule: PairRuleName = "best_worst"
+    rule: PairRuleName = Field(
+        default="best_worst", description="Which two responses of a prompt become its pair (the paper: best and worst)."
+    )
     length_penalty: LengthPenalty | None = None
     min_margin: float = Field(
         default=0.0, ge=0.0, description="Pairs whose (penalised) margin is not above it are dropped."
@@ -68,6 +71,9 @@ class Pair(Contract):
     policy_version: str
     scorer: str
     scorer_revision: str
+    trace_id: TraceId | None = Field(
+        default=None, description="Names the prompt in the logs of every service; files of before 0.2 have none."
+    )
 
     @model_validator(mode="after")
     def _differs(self) -> Self:

@@ -30,7 +30,7 @@ class SamplingRecipe(Contract):
         min_length=1,
         description="The paper: n = 8, half at 1.0 and half at 0.7.",
     )
-    max_tokens: int = Field(default=2048, ge=1)
+    max_tokens: int = Field(default=2048, ge=1, description="Most new tokens of a response.")
     chunk_size: int = Field(default=32, ge=1, description="Prompts per job; what a killed worker can lose.")
 
     def sampling(self) -> Sampling:
@@ -45,10 +45,12 @@ class EvaluationRecipe(Contract):
 
     max_prompts: int = Field(default=512, ge=2, description="Held-out prompts used (the first ones of the file).")
     n: int = Field(default=1, ge=1, le=1024, description="Responses per held-out prompt; their mean is compared.")
-    temperature: float = Field(default=1.0, ge=0.0, le=10.0)
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    temperature: float = Field(
+        default=1.0, ge=0.0, le=10.0, description="KL is unbiased at temperature 1 and top_p 1 only."
+    )
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0, description="Nucleus sampling; 1: off.")
     max_tokens: int | None = Field(default=None, ge=1, description="Default: as in sampling.")
-    chunk_size: int = Field(default=64, ge=1)
+    chunk_size: int = Field(default=64, ge=1, description="Held-out prompts per job.")
     measure_kl: bool = Field(
         default=True, description="Load the reference beside the scorer and estimate KL(policy || reference)."
     )
@@ -83,18 +85,24 @@ class GeneratorRecipe(Contract):
 class Recipe(Contract):
     """A run. Unknown keys are refused, here and in every table."""
 
-    name: Name = Field(default="run")
+    name: Name = Field(default="run", description="First part of the run's id, when no id is given.")
     policy: str = Field(
         description="Local folder, hub name, or store checkpoint `models/…`: the SFT model, the fixed reference."
     )
     reward_model: str = Field(description="Local folder, hub name, or store checkpoint `models/…`.")
     iterations: int = Field(default=3, ge=0, description="Iterations triggered at once when the run is created.")
-    seed: int = Field(default=0, ge=0, lt=2**31)
+    seed: int = Field(
+        default=0, ge=0, lt=2**31, description="The same recipe and seed draw the same prompts and sampling seeds."
+    )
     prompts: PromptSource
     heldout: PromptSource
     sampling: SamplingRecipe
-    reward_max_tokens: int | None = Field(default=None, ge=1)
-    reward_truncate: Literal["refuse", "left"] = "refuse"
+    reward_max_tokens: int | None = Field(
+        default=None, ge=1, description="Most tokens of a conversation that is scored. Default: the reward model's own."
+    )
+    reward_truncate: Literal["refuse", "left"] = Field(
+        default="refuse", description="A conversation longer than that: an error that names it, or cut from the left."
+    )
     pairs: PairRules = PairRules()
     dpo: DpoConfig
     start_from: Literal["incumbent", "reference"] = Field(

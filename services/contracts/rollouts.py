@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from services.contracts.conversations import Message, Prompt
 from services.contracts.model import Contract, TokenIds
 from services.contracts.problems import Problem
+from services.contracts.tracing import TraceId
 
 FinishReason = Literal["stop", "length"]
 
@@ -16,9 +17,9 @@ FinishReason = Literal["stop", "length"]
 class SamplingGroup(Contract):
     """`n` responses at one temperature. The paper takes half at 1.0 and half at 0.7."""
 
-    n: int = Field(ge=1, le=1024)
-    temperature: float = Field(ge=0.0, le=10.0)
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    n: int = Field(ge=1, le=1024, description="Responses per prompt; those of all groups make the prompt's n.")
+    temperature: float = Field(ge=0.0, le=10.0, description="0: greedy, so all n are the same.")
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0, description="Nucleus sampling; 1: off.")
 
 
 class Sampling(Contract):
@@ -76,6 +77,7 @@ class Rollout(Contract):
     prompt_token_ids: TokenIds
     responses: tuple[Response, ...]
     policy_version: str
+    trace_id: TraceId | None = Field(default=None, description="The prompt's, as it was sent.")
 
 
 class RolloutFailure(Contract):

@@ -7,8 +7,8 @@ from typing import Literal
 
 from pydantic import Field
 
+from services.contracts.judgements import Judgement
 from services.contracts.model import Contract, Name
-from services.contracts.pairs import Pair
 from services.contracts.problems import Problem
 from services.contracts.recipes import Recipe, ResolvedModels
 from services.contracts.rollouts import Rollout
@@ -40,6 +40,8 @@ class Stage(StrEnum):
     DECIDE = "decide"
 
 
+ShownIterations = Literal["all", "latest", "none"]
+"""Which iterations a list of runs carries; all of 100 runs of 50 are 14 MB."""
 Decision = Literal["baseline", "promoted", "rejected"]
 
 
@@ -157,6 +159,7 @@ class IterationView(Contract):
     iteration: int
     stages: tuple[StageView, ...]
     record: IterationRecord | None = None
+    judgements: tuple[Judgement, ...] = Field(default=(), description="By the judge's name; only once it is decided.")
 
 
 class RunView(Contract):
@@ -203,14 +206,6 @@ class RollbackRequest(Contract):
 
     to_iteration: int = Field(ge=0)
     reason: str = Field(min_length=1, max_length=500)
-
-
-class PairPage(Contract):
-    """Answer of `GET /v1/runs/{id}/iterations/{t}/pairs`."""
-
-    total: int
-    offset: int
-    rows: tuple[Pair, ...]
 
 
 class ScoredRollout(Contract):

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from services.contracts.conversations import Message
 from services.contracts.model import Contract, Name, StorePath, TokenIds
+from services.contracts.tracing import TraceId
 
 ScorerKind = Literal["bradley_terry", "logprob"]
 """`bradley_terry`: sequence classifier with one label. `logprob`: a policy that gives log-probs (the KL reference)."""
@@ -21,6 +22,9 @@ class ScoreItem(Contract):
     allow_empty: bool = Field(
         default=False,
         description="Score an empty response too: a policy may end its turn at once. Else it is refused.",
+    )
+    trace_id: TraceId | None = Field(
+        default=None, description="Logged with the item's scores; default: that of the request (`traceparent`)."
     )
 
 

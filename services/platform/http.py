@@ -12,6 +12,7 @@ from pydantic import BaseModel, SecretStr, ValidationError
 
 from services.contracts import errors
 from services.contracts.problems import Problem
+from services.platform.tracing import current_trace
 
 CONNECT_SECONDS = 5.0
 """On loopback or in one cluster a healthy service accepts at once."""
@@ -56,6 +57,8 @@ def error_from(response: httpx.Response) -> errors.RatchetError:
 class ServiceClient:
     """Calls one service. Retries only connect errors and 408, 429, 502, 503, 504; a 4xx is told at once.
 
+    A call made within a request or a job carries its ids on (`traceparent`, `X-Request-Id`).
+
     Args:
         name: Of the service, for error messages.
         retry: False for calls that must not be repeated or whose caller has its own retries (job workers).
@@ -97,7 +100,7 @@ class ServiceClient:
                    headers: dict[str, str] | None = None) -> httpx.Response:  # fmt: skip
         """Like `call`, but gives the raw answer (always below 400)."""
         payload = body.model_dump_json().encode() if body is not None else content
-        sent = dict(headers or {})
+        sent = _with_trace(headers)
         if body is not None:
             sent["Content-Type"] = "application/json"
         timeout = httpx.Timeout(timeout_seconds, connect=CONNECT_SECONDS)
@@ -121,7 +124,7 @@ class ServiceClient:
                      params: dict[str, Any] | None = None,
                      headers: dict[str, str] | None = None) -> AsyncGenerator[httpx.Response]:  # fmt: skip
         """A streamed answer. `read_seconds` bounds the silence between two pieces, not the whole."""
-        sent = dict(headers or {})
+        sent = _with_trace(headers)
         if body is not None:
             sent["Content-Type"] = "application/json"
         timeout = httpx.Timeout(read_seconds, connect=CONNECT_SECONDS)
@@ -147,6 +150,11 @@ class ServiceClient:
     async def close(self) -> None:
         """Close the connections."""
         await self.http.aclose()
+
+
+def _with_trace(headers: dict[str, str] | None) -> dict[str, str]:
+    trace = current_trace()
+    return {**(trace.headers() if trace is not None else {}), **(headers or {})}
 
 
 def _reason(error: Exception) -> str:

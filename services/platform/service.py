@@ -6,7 +6,6 @@ import asyncio
 import os
 import socket
 import sys
-import uuid
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
@@ -15,29 +14,32 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from prometheus_client import CONTENT_TYPE_LATEST, Counter, Histogram, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.contracts.errors import RatchetError
 from services.contracts.problems import PROBLEM_MEDIA_TYPE, FieldError, Problem
-from services.platform.logs import configure_logging, get_logger, log_context
+from services.platform import metrics
+from services.platform.logs import configure_logging, get_logger
 from services.platform.processes import die_with_parent
 from services.platform.settings import ServiceSettings
+from services.platform.tracing import trace_of_request, traced
 
 log = get_logger(__name__)
-
-REQUESTS = Counter("ratchet_http_requests_total", "Answered requests.", ["service", "method", "route", "status"])
-REQUEST_SECONDS = Histogram(
-    "ratchet_http_request_seconds", "Time from request to end of the answer.", ["service", "method", "route"]
-)
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 """Any other word a caller sends as a method is counted as one, or each would be a metric series of its own."""
 
 Health = Callable[[], Awaitable[str | None]]
 """Returns None when healthy, else one sentence that says what is wrong."""
+
+SCRAPE_READY_SECONDS = 3.0
+"""Prometheus gives a scrape 10 s by default; a readiness check that takes longer than this counts as not ready."""
+
+MoreMetrics = Callable[[], Awaitable[bytes]]
+"""Metrics of something behind the service, in Prometheus' text format; none of the names may be ours."""
 
 
 class Draining:
@@ -80,16 +82,33 @@ def create_service(
     async def health_ready() -> JSONResponse:  # pyright: ignore[reportUnusedFunction]
         return await answer(ready)
 
+    app.state.more_metrics = []
+    metrics.announce(name, version)
+
     @app.get("/metrics", tags=["health"], summary="Prometheus metrics")
-    async def metrics() -> Response:  # pyright: ignore[reportUnusedFunction]
-        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+    async def scrape() -> Response:  # pyright: ignore[reportUnusedFunction]
+        metrics.SERVICE_READY.labels(name).set(await _ready_now(ready))
+        sources: list[MoreMetrics] = app.state.more_metrics
+        more = [await source() for source in sources]
+        return Response(b"".join([generate_latest(), *more]), media_type=CONTENT_TYPE_LATEST)
 
     app.add_middleware(RequestMiddleware, service=name)
     return app
 
 
+async def _ready_now(ready: Health | None) -> bool:
+    try:
+        async with asyncio.timeout(SCRAPE_READY_SECONDS):
+            return ready is None or await ready() is None
+    except TimeoutError:
+        return False
+    except Exception:
+        log.exception("readiness_check_failed")
+        return False
+
+
 class RequestMiddleware:
-    """Pure ASGI (BaseHTTPMiddleware breaks streaming): request id in and out, one log context, metrics."""
+    """Pure ASGI (BaseHTTPMiddleware breaks streaming): request and trace id in and out, one log context, metrics."""
 
     def __init__(self, app: ASGIApp, service: str) -> None:
         self.app = app
@@ -100,8 +119,8 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = dict(scope["headers"])
-        request_id = headers.get(b"x-request-id", b"").decode("latin-1")[:100] or uuid.uuid4().hex
+        trace = trace_of_request(dict(scope["headers"]))
+        request_id = trace.request_id
         scope.setdefault("state", {})["request_id"] = request_id
         status = 500
         started = asyncio.get_running_loop().time()
@@ -113,14 +132,15 @@ class RequestMiddleware:
                 message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode("latin-1"))]
             await send(message)
 
-        with log_context(request_id=request_id):
+        with traced(trace), metrics.HTTP_IN_FLIGHT.labels(self.service).track_inprogress():
             try:
                 await self.app(scope, receive, send_with_id)
             finally:
                 route = getattr(scope.get("route"), "path", "unmatched")
                 method = scope["method"] if scope["method"] in METHODS else "other"
-                REQUESTS.labels(self.service, method, route, status).inc()
-                REQUEST_SECONDS.labels(self.service, method, route).observe(asyncio.get_running_loop().time() - started)
+                metrics.HTTP_REQUESTS.labels(self.service, method, route, status).inc()
+                seconds = asyncio.get_running_loop().time() - started
+                metrics.HTTP_REQUEST_SECONDS.labels(self.service, method, route).observe(seconds)
 
 
 def problem_response(problem: Problem, headers: dict[str, str] | None = None) -> JSONResponse:

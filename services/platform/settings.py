@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import sys
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -17,7 +18,9 @@ class ServiceSettings(BaseSettings):
     """Settings common to the four services. Variables are prefixed `RATCHET_`; unknown ones are not read."""
 
     # Without hide_input_in_errors the error for any missing variable prints all that are set, the token among them.
-    model_config = SettingsConfigDict(env_prefix="RATCHET_", extra="ignore", frozen=True, hide_input_in_errors=True)
+    model_config = SettingsConfigDict(
+        env_prefix="RATCHET_", extra="ignore", frozen=True, hide_input_in_errors=True, env_parse_none_str="null"
+    )
 
     token: SecretStr = Field(description="Bearer token of the control routes. There is no default: set RATCHET_TOKEN.")
     store_url: str = Field(description="Artifact store: a folder, or an fsspec URL such as s3://bucket/ratchet.")
@@ -44,6 +47,20 @@ class ServiceSettings(BaseSettings):
     @classmethod
     def _absolute(cls, value: str) -> str:
         return value if "://" in value else str(Path(value).resolve())
+
+
+def known_variables() -> set[str]:
+    """Variables that some service reads, found in the sources: importing the services would load torch."""
+    names: set[str] = set()
+    for file in Path(__file__).parents[1].glob("*/settings.py"):
+        for node in ast.walk(ast.parse(file.read_text(), filename=str(file))):
+            if isinstance(node, ast.ClassDef) and node.name.endswith("Settings"):
+                names |= {
+                    f"RATCHET_{field.target.id.upper()}"
+                    for field in node.body
+                    if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+                }
+    return names
 
 
 Settings = TypeVar("Settings", bound=ServiceSettings)

@@ -38,7 +38,7 @@ _RESPONSE = pa.struct(
     ]
 )
 SCHEMAS: dict[type[Contract], pa.Schema] = {
-    Prompt: pa.schema([("id", pa.string()), ("messages", _MESSAGES)]),
+    Prompt: pa.schema([("id", pa.string()), ("messages", _MESSAGES), ("trace_id", pa.string())]),
     Rollout: pa.schema(
         [
             ("prompt_id", pa.string()),
@@ -46,6 +46,7 @@ SCHEMAS: dict[type[Contract], pa.Schema] = {
             ("prompt_token_ids", _TOKENS),
             ("responses", pa.list_(_RESPONSE)),
             ("policy_version", pa.string()),
+            ("trace_id", pa.string()),
         ]
     ),
     ScoreRow: pa.schema(
@@ -75,6 +76,7 @@ SCHEMAS: dict[type[Contract], pa.Schema] = {
             ("policy_version", pa.string()),
             ("scorer", pa.string()),
             ("scorer_revision", pa.string()),
+            ("trace_id", pa.string()),
         ]
     ),
 }

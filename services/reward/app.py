@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any, TypeVar
 
@@ -15,12 +15,14 @@ from services.contracts.model import Name
 from services.contracts.scores import (
     LogprobRequest,
     LogprobResponse,
+    ScoreItem,
     ScoreRequest,
     ScoreResponse,
     ScorerInfo,
     ScorerSpec,
 )
 from services.platform.auth import bearer_scheme, require_token
+from services.platform.logs import get_logger
 from services.platform.service import create_service
 from services.platform.store import ArtifactStore
 from services.reward.batching import BatchLimits, BatchQueue
@@ -29,6 +31,8 @@ from services.reward.loading import make_loader
 from services.reward.logprobs import LogprobScorer
 from services.reward.scorers import ScorerRegistry, group_values
 from services.reward.settings import RewardSettings
+
+log = get_logger(__name__)
 
 VERSION = "1"
 CLIENT_CLOSED_REQUEST = 499
@@ -84,12 +88,14 @@ def create_app(settings: RewardSettings) -> FastAPI:
             sequences = await asyncio.to_thread(scorer.prepare, body.items)
             values = await queue.submit(scorer, sequences)
             counts = [len(item.responses) for item in body.items]
-            return ScoreResponse(
+            answer = ScoreResponse(
                 scorer=body.scorer,
                 revision=scorer.info.revision,
                 template_hash=scorer.info.template_hash,
                 scores=group_values(values, sequences, counts, "score", scorer.info),
             )
+            log_scores(body.items, answer)
+            return answer
 
         return _json(await while_connected(request, compute()))
 
@@ -129,6 +135,16 @@ def create_app(settings: RewardSettings) -> FastAPI:
         await registry.delete(name)
 
     return app
+
+
+def log_scores(items: Sequence[ScoreItem], answer: ScoreResponse) -> None:
+    """One line per prompt. An item without a trace id is logged with the request's, which is in the log's context."""
+    for place, (item, scores) in enumerate(zip(items, answer.scores, strict=True)):
+        ids = {"trace_id": item.trace_id} if item.trace_id else {}
+        log.info(
+            "prompt_scored", **ids, item=place, scorer=answer.scorer, revision=answer.revision, responses=len(scores),
+            best=max(scores), worst=min(scores),
+        )  # fmt: skip
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Answer]) -> Answer | None:

@@ -13,10 +13,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from prometheus_client import Counter, Gauge, Histogram
-
 from services.contracts.errors import InvalidInput, Overloaded, RatchetError, Unavailable
 from services.platform.logs import get_logger
+from services.reward import metrics
 from services.reward.scorers import Scorer, TokenSequence
 
 log = get_logger(__name__)
@@ -27,16 +26,6 @@ RETRY_AFTER_SECONDS = (1.0, 60.0)
 """Least and most that a refused caller is asked to wait."""
 STARTING_TOKENS_PER_SECOND = 2000.0
 """Guess for the first Retry-After, before anything was measured."""
-
-RESPONSES = Counter("ratchet_reward_responses_scored_total", "Responses scored.", ["scorer"])
-BATCH_SECONDS = Histogram("ratchet_reward_batch_seconds", "Time of one forward pass.", ["scorer"])
-TOKENS = Counter(
-    "ratchet_reward_batch_tokens_total",
-    "Tokens computed: `text` or `padding`, whose share is waste.",
-    ["scorer", "kind"],
-)
-QUEUED_SEQUENCES = Gauge("ratchet_reward_queue_sequences", "Sequences waiting for a batch.")
-QUEUED_TOKENS = Gauge("ratchet_reward_queue_tokens", "Tokens waiting for a batch.")
 
 
 @dataclass(frozen=True)
@@ -141,7 +130,8 @@ class BatchQueue:
         ticket = _Ticket(scorer, [float("nan")] * len(sequences), len(sequences), answer)
         self._enqueue([_Entry(ticket, index, sequence) for index, sequence in enumerate(sequences)])
         try:
-            return await future
+            with metrics.QUEUE_SECONDS.labels(scorer.info.name).time():
+                return await future
         except asyncio.CancelledError:
             ticket.closed = True
             with self._ready:
@@ -167,6 +157,7 @@ class BatchQueue:
 
     def _overloaded(self, tokens: int) -> Overloaded:
         least, most = RETRY_AFTER_SECONDS
+        metrics.REFUSED.inc()
         return Overloaded(
             f"{self._queued_tokens:,} tokens wait to be scored, the request holds {tokens:,}, and at most "
             f"{self.limits.queued_tokens:,} may wait; come again after Retry-After",
@@ -175,8 +166,8 @@ class BatchQueue:
 
     def _count(self, tokens: int) -> None:
         self._queued_tokens += tokens
-        QUEUED_TOKENS.set(self._queued_tokens)
-        QUEUED_SEQUENCES.set(len(self._entries))
+        metrics.QUEUED_TOKENS.set(self._queued_tokens)
+        metrics.QUEUED_SEQUENCES.set(len(self._entries))
 
     def _drop_closed(self) -> None:
         gone = sum(len(entry.sequence.token_ids) for entry in self._entries if entry.ticket.closed)
@@ -222,7 +213,7 @@ class BatchQueue:
         scorer = batch[0].ticket.scorer
         lengths = [len(entry.sequence.token_ids) for entry in batch]
         try:
-            with BATCH_SECONDS.labels(scorer.info.name).time():
+            with metrics.BATCH_SECONDS.labels(scorer.info.name).time():
                 values = scorer.evaluate([entry.sequence for entry in batch])
             if len(values) != len(batch):
                 raise RuntimeError(f"{len(batch)} sequences gave {len(values)} values")
@@ -230,14 +221,16 @@ class BatchQueue:
             if len(batch) == 1:
                 self._fail(batch, error)
                 return
+            metrics.BATCH_SPLITS.labels(scorer.info.name).inc()
             log.warning("batch_split", scorer=scorer.info.name, sequences=len(batch), error=str(error)[:300])
             middle = len(batch) // 2
             self._compute(batch[:middle])
             self._compute(batch[middle:])
             return
-        RESPONSES.labels(scorer.info.name).inc(len(batch))
-        TOKENS.labels(scorer.info.name, "text").inc(sum(lengths))
-        TOKENS.labels(scorer.info.name, "padding").inc(max(lengths) * len(batch) - sum(lengths))
+        metrics.BATCH_SEQUENCES.labels(scorer.info.name).observe(len(batch))
+        metrics.RESPONSES.labels(scorer.info.name).inc(len(batch))
+        metrics.TOKENS.labels(scorer.info.name, "text").inc(sum(lengths))
+        metrics.TOKENS.labels(scorer.info.name, "padding").inc(max(lengths) * len(batch) - sum(lengths))
         for entry, value in zip(batch, values, strict=True):
             ticket = entry.ticket
             ticket.values[entry.index] = value
@@ -250,7 +243,9 @@ class BatchQueue:
         for entry in entries:
             if not entry.ticket.closed:
                 entry.ticket.closed = True
-                entry.ticket.answer(_as_problem(error, entry))
+                problem = _as_problem(error, entry)
+                metrics.ERRORS.labels(entry.ticket.scorer.info.name, problem.code).inc()
+                entry.ticket.answer(problem)
         with self._ready:
             self._drop_closed()
 

@@ -11,6 +11,7 @@ from typing import Protocol, TypeVar
 from services.contracts.errors import Conflict, InvalidInput, NotFound, RatchetError, ScoreInvalid, Unavailable
 from services.contracts.scores import ScorerInfo, ScorerSpec
 from services.platform.logs import get_logger
+from services.reward import metrics
 
 log = get_logger(__name__)
 
@@ -123,13 +124,18 @@ class ScorerRegistry:
         async with self._one_load:
             log.info("scorer_loading", scorer=name, kind=spec.kind, checkpoint=spec.checkpoint)
             try:
-                scorer = await asyncio.to_thread(self._load, name, spec)
+                with metrics.LOAD_SECONDS.time():
+                    scorer = await asyncio.to_thread(self._load, name, spec)
             except Exception as error:
                 detail = error.detail if isinstance(error, RatchetError) else f"{type(error).__name__}: {error}"
                 self._failures[name] = detail
+                metrics.LOADS.labels("refused").inc()
                 log.error("scorer_refused", scorer=name, detail=detail, exc_info=not isinstance(error, RatchetError))
                 raise
             self._scorers[name] = scorer
+            metrics.LOADS.labels("done").inc()
+            metrics.INVALID.labels(name)  # at 0: an alert watches it
+            metrics.SCORERS.set(len(self._scorers))
             self._failures.pop(name, None)
             log.info("scorer_loaded", scorer=name, revision=scorer.info.revision, proofs=scorer.info.proofs)
             return scorer.info
@@ -140,6 +146,7 @@ class ScorerRegistry:
             self._failures.pop(name, None)
             if self._scorers.pop(name, None) is None:
                 raise self._unknown(name)
+            metrics.SCORERS.set(len(self._scorers))
             log.info("scorer_deleted", scorer=name)
 
     def trouble(self) -> str | None:
@@ -171,9 +178,11 @@ def group_values(values: Sequence[float], sequences: Sequence[TokenSequence], co
         ScoreInvalid: a value is missing, NaN or infinite; it names the item and the response. There is no default.
     """
     if len(values) != sum(counts) or len(sequences) != sum(counts):
+        metrics.INVALID.labels(scorer.name).inc()
         raise ScoreInvalid(f"{sum(counts)} responses were sent and {len(values)} came back with a {what}")
     for value, sequence in zip(values, sequences, strict=True):
         if not math.isfinite(value):
+            metrics.INVALID.labels(scorer.name).inc()
             raise ScoreInvalid(
                 f"scorer {scorer.name!r} (revision {scorer.revision!r}) gave {sequence.place} the {what} {value}; "
                 "it is not replaced by a default: check the model, or compute it in float32 (RATCHET_REWARD_DTYPE)",

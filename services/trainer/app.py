@@ -24,11 +24,12 @@ from services.platform.logs import get_logger
 from services.platform.service import create_service
 from services.platform.store import ArtifactStore
 from services.trainer.events import job_events
-from services.trainer.jobs import QUEUE, TrainingJobs, request_for
+from services.trainer.jobs import QUEUE, TrainingJobs, parse_job, request_for, trackers_of
 from services.trainer.process import Launcher
 from services.trainer.published import published_result
 from services.trainer.settings import TrainerSettings
-from services.trainer.workspace import remove_old
+from services.trainer.trackers import check_installed
+from services.trainer.workspace import canonical, remove_old
 
 log = get_logger(__name__)
 
@@ -68,6 +69,7 @@ class Trainer:
         finally:
             self.stop.set()
             await task
+            await jobs.device.close()
             await self.launcher.close()
             await redis.aclose()
 
@@ -116,8 +118,12 @@ def _add_routes(app: FastAPI, trainer: Trainer, control: list[Depends]) -> None:
     @app.post("/v1/jobs", status_code=202, tags=["jobs"], dependencies=control, summary="Queue a training job")
     async def submit(job: TrainingJob) -> Job:  # pyright: ignore[reportUnusedFunction]
         """The id is derived from the content: the same job twice is one job. 409: its output is another job's."""
+        check_installed(trackers_of(job))
         request = request_for(job)
         await asyncio.to_thread(published_result, trainer.store, request.id, job)
+        known = await trainer.queue.get(request.id)
+        if known is not None and known.queue == QUEUE and canonical(parse_job(known)) == canonical(job):
+            return known  # as it was first sent, also if this one names other trackers
         return await trainer.queue.enqueue(request)
 
     @app.get("/v1/jobs", tags=["jobs"], summary="Training jobs, newest first")
@@ -125,7 +131,11 @@ def _add_routes(app: FastAPI, trainer: Trainer, control: list[Depends]) -> None:
         return await trainer.queue.list(QUEUE, limit)
 
     # Before the plain id, which would swallow the suffix.
-    @app.get("/v1/jobs/{job_id:path}/events", tags=["jobs"], summary="A job's events, live (SSE)")
+    @app.get(
+        "/v1/jobs/{job_id:path}/events", tags=["jobs"], summary="A job's events, live (SSE)",
+        response_class=StreamingResponse,
+        responses={200: {"content": {"text/event-stream": {}}, "description": "`data` is an `Event` as JSON."}},
+    )  # fmt: skip
     async def events(  # pyright: ignore[reportUnusedFunction]
         job_id: str, last_event_id: str = Header("0", description="Continue after this event.")
     ) -> StreamingResponse:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 import traceback
 from importlib import import_module
@@ -21,11 +22,12 @@ from services.contracts.training import (
     ImportModelJob,
     RewardModelJob,
     SftJob,
+    Tracker,
     TrainingProgress,
     TrainingResult,
 )
 from services.platform.processes import die_with_parent
-from services.trainer.protocol import ChildJob, ChildMessage
+from services.trainer.protocol import ChildJob, ChildMessage, TrackerFailure
 from services.trainer.workspace import Workspace
 
 WAIT = "--wait"
@@ -45,15 +47,21 @@ class Reporter:
 
     def __init__(self, stream: IO[bytes]) -> None:
         self.stream = stream
+        self._one_line = threading.Lock()
 
     def send(self, message: ChildMessage) -> None:
-        """One JSON line."""
-        self.stream.write(message.model_dump_json(exclude_defaults=True).encode() + b"\n")
-        self.stream.flush()
+        """One JSON line. Thread-safe."""
+        with self._one_line:
+            self.stream.write(message.model_dump_json(exclude_defaults=True).encode() + b"\n")
+            self.stream.flush()
 
     def progress(self, progress: TrainingProgress) -> None:
         """One progress event."""
-        self.send(ChildMessage(type="progress", progress=progress))
+        self.send(ChildMessage(type="progress", progress=progress, device_peak_bytes=device_peak_bytes()))
+
+    def tracker_failed(self, tracker: Tracker, detail: str) -> None:
+        """A tracker was given up."""
+        self.send(ChildMessage(type="tracker", tracker=TrackerFailure(tracker=tracker, detail=detail)))
 
 
 def main(arguments: list[str]) -> int:
@@ -107,7 +115,10 @@ def run_job(job: ChildJob, workspace: Workspace, reporter: Reporter) -> Training
     store = ArtifactStore(job.store_url)
     if (found := published_result(store, job.job_id, job.job)) is not None:
         return found
-    task = Task(job.job_id, store, workspace, reporter.progress, time.monotonic(), job.allow_hub)
+    task = Task(
+        job.job_id, store, workspace, reporter.progress, time.monotonic(), job.allow_hub, job.tracking,
+        reporter.tracker_failed,
+    )  # fmt: skip
     match job.job:
         case ImportModelJob():
             from services.trainer.imports import run_import
@@ -125,6 +136,14 @@ def run_job(job: ChildJob, workspace: Workspace, reporter: Reporter) -> Training
             from services.trainer.dpo import run_dpo
 
             return run_dpo(task, job.job)
+
+
+def device_peak_bytes() -> int | None:
+    """The most GPU memory that torch has had allocated in this process; None without a GPU."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    return int(torch.cuda.max_memory_allocated())
 
 
 def error_message(error: Exception, workspace: Workspace) -> ChildMessage:

@@ -76,7 +76,7 @@ def run_dpo(task: Task, job: DpoJob) -> TrainingResult:
     )
     before = [token_logprobs(model, window) for window in windows]
     trainer = make_trainer(task, job, model, tokenizer, pairs, logprobs)
-    outcome = run_training(trainer, task.workspace, job.config, task.report)
+    outcome = run_training(trainer, task, job.config)
 
     task.phase("saving")
     folder = task.fresh_output()

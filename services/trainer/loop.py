@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +13,14 @@ from torch.utils.data import Sampler
 
 from services.contracts.errors import InvalidInput
 from services.contracts.training import TrainingConfig, TrainingProgress
-from services.trainer.progress import ProgressCallback, Report, curve_of, metrics_of
+from services.trainer.progress import ProgressCallback, curve_of, metrics_of
+from services.trainer.tracking import Curves
 from services.trainer.workspace import Workspace, resumable_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, Trainer
+
+    from services.trainer.task import Task
 
 BUCKET_BATCHES = 4
 """Batches that are sorted by length together: enough to save padding, few enough to keep the order random."""
@@ -123,7 +127,7 @@ def trl_arguments(config: TrainingConfig, workspace: Workspace) -> dict[str, Any
         "eval_strategy": "no",
         "logging_strategy": "no",  # ProgressCallback asks for each log
         "logging_nan_inf_filter": False,  # it would hide a diverged loss
-        "report_to": [],
+        "report_to": [],  # Curves passes the log on, to trackers in threads of their own
         "disable_tqdm": True,
         "seed": config.seed or 0,
         "use_cpu": not cuda,
@@ -133,8 +137,10 @@ def trl_arguments(config: TrainingConfig, workspace: Workspace) -> dict[str, Any
     }
 
 
-def run_training(trainer: Trainer, workspace: Workspace, config: TrainingConfig, report: Report) -> Outcome:
+def run_training(trainer: Trainer, task: Task, config: TrainingConfig) -> Outcome:
     """Train, from the last whole trainer checkpoint if there is one, and draw the figures from the trainer's log.
+
+    What `config.report_to` names gets the log too.
 
     Raises:
         JobFailed: the loss became NaN or infinite.
@@ -142,12 +148,13 @@ def run_training(trainer: Trainer, workspace: Workspace, config: TrainingConfig,
     from transformers.trainer_callback import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
-    progress = ProgressCallback(report)
-    trainer.add_callback(progress)
-    checkpoint = resumable_checkpoint(workspace.trainer)
-    started = time.monotonic()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    seconds = time.monotonic() - started
+    progress = ProgressCallback(task.report)
+    checkpoint = resumable_checkpoint(task.workspace.trainer)
+    with _curves(trainer, task, config):
+        trainer.add_callback(progress)
+        started = time.monotonic()
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        seconds = time.monotonic() - started
     resumed = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else None
     metrics = metrics_of(trainer.state.log_history, config.num_train_epochs)
     metrics["train_seconds"] = round(seconds, 3)
@@ -156,3 +163,21 @@ def run_training(trainer: Trainer, workspace: Workspace, config: TrainingConfig,
     if progress.tokens:
         metrics["tokens_per_second"] = round(progress.tokens / max(seconds, 1e-9), 1)
     return Outcome(metrics, curve_of(trainer.state.log_history, trainer.state.max_steps), resumed)
+
+
+@contextmanager
+def _curves(trainer: Trainer, task: Task, config: TrainingConfig) -> Generator[None]:
+    """The trackers of `report_to`, before any other callback: they are to see the loss that ends a training."""
+    if not config.report_to or task.tracking is None:
+        yield
+        return
+    curves = Curves(
+        config.report_to, task.tracking, task.job_id, task.workspace.folder, trainer.args, task.tracker_failed
+    )
+    trainer.add_callback(curves)
+    try:
+        yield
+    except BaseException:
+        curves.close(failed=True)
+        raise
+    curves.close(failed=False)

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from services.contracts.errors import JobFailed, RatchetError
 from services.platform.logs import get_logger
 from services.trainer.child import PARENT_VARIABLE, WAIT
+from services.trainer.metrics import CHILD_DEATHS
 from services.trainer.protocol import ChildMessage
 from services.trainer.settings import TrainerSettings
 
@@ -28,6 +29,9 @@ SECRET_VARIABLES = ("RATCHET_TOKEN", "RATCHET_REDIS_URL")
 REPOSITORY = Path(__file__).parents[2]
 END_SECONDS = 60.0
 """From the end of a child's messages to its own: an interpreter that tears down torch and CUDA takes a few."""
+
+
+GONE_POLL_SECONDS = 0.05
 
 
 class TrainingKilled(RatchetError):
@@ -72,6 +76,7 @@ class TrainingChild:
             try:
                 line = await asyncio.wait_for(self.process.stdout.readline(), limit)
             except TimeoutError as error:
+                CHILD_DEATHS.labels("hung").inc()
                 raise TrainingKilled(
                     f"the training process (pid {self.process.pid}) reported nothing for {limit:.0f} s during {what}; "
                     "it is ended. If that is how long it takes, raise RATCHET_TRAINER_STALL_SECONDS or _START_SECONDS"
@@ -94,6 +99,7 @@ class TrainingChild:
         try:
             return await asyncio.wait_for(self.process.wait(), within_seconds)
         except TimeoutError as error:
+            CHILD_DEATHS.labels("hung").inc()
             raise TrainingKilled(
                 f"the training process (pid {self.process.pid}) sent no result, closed its output and did not end "
                 f"within {within_seconds:g} s; it is ended"
@@ -111,6 +117,17 @@ class TrainingChild:
             self._signal(signal.SIGKILL)
             self.errors.close()
 
+    async def gone(self, within_seconds: float) -> bool:
+        """Wait until the process and all of its session have ended, for only then is their memory free."""
+        try:
+            async with asyncio.timeout(within_seconds):
+                await self.process.wait()
+                while _members(self.process.pid):  # noqa: ASYNC110 - the kernel tells nobody of a session's end
+                    await asyncio.sleep(GONE_POLL_SECONDS)
+        except TimeoutError:
+            return False
+        return True
+
     def stderr_tail(self) -> str:
         """The last line it wrote before it had a log."""
         if self.errors.closed:
@@ -125,6 +142,19 @@ class TrainingChild:
             os.killpg(self.process.pid, number)
         except (ProcessLookupError, PermissionError):
             return
+
+
+def _members(group: int) -> list[int]:
+    """Pids of a process group that have not ended. A zombie has: it holds no memory, only its number."""
+    found: list[int] = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, its_group = entry.read_text().rsplit(")", 1)[1].split()[:3]
+        except (OSError, IndexError, ValueError):  # it ended just now
+            continue
+        if int(its_group) == group and state not in "ZX":
+            found.append(int(entry.parent.name))
+    return found
 
 
 class Launcher:

@@ -55,7 +55,7 @@ def run_reward_model(task: Task, job: RewardModelJob) -> TrainingResult:
         processing_class=tokenizer,
     )
     trainer.lengths = [max(len(c), len(r)) for c, r in zip(chosen, rejected, strict=True)]
-    outcome = run_training(trainer, task.workspace, job.config, task.report)
+    outcome = run_training(trainer, task, job.config)
 
     task.phase("saving")
     folder = task.fresh_output()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
+from services.contracts.device import LEASE_RENEWALS
 from services.platform.settings import ServiceSettings
 
 
@@ -45,13 +46,67 @@ class TrainerSettings(ServiceSettings):
         gt=0,
         description="How long an attempt waits for an earlier, dying one at the same job to let go of its work folder.",
     )
+    trainer_generator_url: str | None = Field(
+        default=None,
+        description="Generator whose device this trainer shares: each job that trains leases it first, and vLLM sleeps "
+        "until the training process has ended. The generator needs RATCHET_GENERATOR_SLEEP=true. Unset: a device each.",
+    )
+    trainer_lease_seconds: float = Field(
+        default=60.0,
+        gt=0,
+        le=3600,
+        description="Length of the lease, renewed at each third. A killed trainer blocks the generator for so long; a "
+        "generator out of reach for so long costs the attempt, which goes on from its last save.",
+    )
+    trainer_lease_wait_seconds: float = Field(
+        default=1800.0,
+        gt=0,
+        description="How long an attempt waits for the device: for a turn of another trainer, running rollouts, a "
+        "generator that starts. Then it fails and is tried again.",
+    )
     trainer_work_folder: Path | None = Field(
         default=None,
         description="Local disk for resumable state when the store is remote; default: the system's temporary folder. "
         "A local store has it on its own disk.",
+    )
+    trainer_log_folder: Path | None = Field(
+        default=None,
+        description="Where trackers named in `report_to` write: TensorBoard one folder per job id under tensorboard/, "
+        "the others their local files. Default: logs/ in a local store, else in the work folder.",
+    )
+    trainer_tracker_project: str = Field(
+        default="ratchet",
+        min_length=1,
+        description="Project or experiment of the trackers, unless WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME or "
+        "TRACKIO_PROJECT says otherwise. The run is named by the job's id.",
+    )
+    trainer_tracker_end_seconds: float = Field(
+        default=30.0,
+        gt=0,
+        description="After a training its trackers get it to send what they still hold; then they are given up.",
     )
     trainer_work_keep_days: float = Field(
         default=7.0,
         gt=0,
         description="Resumable state of jobs that failed or were cancelled is removed after this many days.",
     )
+
+    @field_validator("trainer_generator_url")
+    @classmethod
+    def _http(cls, value: str | None) -> str | None:
+        if not value:  # compose passes an unset variable on as an empty one
+            return None
+        if not value.startswith(("http://", "https://")):
+            raise ValueError(f"{value!r} is no URL; write it like http://generator:8001, or unset it")
+        return value
+
+    @field_validator("trainer_lease_seconds")
+    @classmethod
+    def _process_ends_within(cls, value: float, info: ValidationInfo) -> float:
+        ending = float(info.data.get("trainer_term_seconds", 0.0))
+        if value < LEASE_RENEWALS * ending:
+            raise ValueError(
+                f"{value:g} s is too short: a training process may take RATCHET_TRAINER_TERM_SECONDS ({ending:g} s) to "
+                f"end, which must fit in a third of a lease; allow {LEASE_RENEWALS * ending:g} s or more"
+            )
+        return value

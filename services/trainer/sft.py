@@ -55,7 +55,7 @@ def run_sft(task: Task, job: SftJob) -> TrainingResult:
         processing_class=tokenizer,
     )
     trainer.lengths = [len(s.input_ids) for s in sequences]
-    outcome = run_training(trainer, task.workspace, job.config, task.report)
+    outcome = run_training(trainer, task, job.config)
 
     task.phase("saving")
     folder = task.fresh_output()

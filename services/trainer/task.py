@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 from services.contracts.checkpoints import CheckpointKind, Lineage, LogprobProbe, Manifest, ScoreProbe
 from services.contracts.errors import CheckpointRefused, InvalidInput
 from services.contracts.layout import version_of
-from services.contracts.training import TrainingJob, TrainingProgress, TrainingResult
+from services.contracts.training import Tracker, TrainingJob, TrainingProgress, TrainingResult
 from services.platform.checkpoints import verify_checkpoint
 from services.platform.store import ArtifactStore
 from services.trainer.checkpoints import write_manifest
 from services.trainer.progress import Report
 from services.trainer.published import RESULT_NAME
+from services.trainer.trackers import Tracking
 from services.trainer.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ class Task:
     report: Report
     started: float
     allow_hub: bool = False
+    tracking: Tracking | None = None
+    tracker_failed: Callable[[Tracker, str], None] = lambda tracker, detail: None
 
     def phase(self, phase: str, step: int = 0, total: int = 0) -> None:
         """Report a phase other than training."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from services.contracts.errors import Unavailable
+from services.contracts.training import NOT_IDENTITY
 
 COMPLETE_NAME = "COMPLETE.json"
 """Written into a trainer checkpoint after all its other files: name -> bytes. transformers writes them one by one, so
@@ -31,8 +32,9 @@ def workspace_name(job_id: str, job: BaseModel) -> str:
 
 
 def canonical(job: BaseModel) -> str:
-    """A contract as JSON that is equal for equal contents."""
-    return json.dumps(job.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    """A job as JSON that is equal for equal work: what only says where the curves go does not count."""
+    found = job.model_dump(mode="json", exclude={"config": set(NOT_IDENTITY)})
+    return json.dumps(found, sort_keys=True, separators=(",", ":"))
 
 
 class Workspace:

@@ -79,13 +79,13 @@ async def test_a_job_is_done_and_its_result_kept(queue: JobQueue) -> None:
 
     await put(queue)
     labels = {"queue": "score", "outcome": "succeeded"}
-    before = REGISTRY.get_sample_value("ratchet_jobs_total", labels) or 0
+    before = REGISTRY.get_sample_value("ratchet_jobs_attempts_total", labels) or 0
     async with working(queue, handler):
         job = await ended(queue)
     assert (job.state, job.result, job.progress, job.attempts) == (
         JobState.SUCCEEDED, {"chunk": 0, "fence": 1}, {"done": 4}, 1,
     )  # fmt: skip
-    assert REGISTRY.get_sample_value("ratchet_jobs_total", labels) == before + 1
+    assert REGISTRY.get_sample_value("ratchet_jobs_attempts_total", labels) == before + 1
 
 
 async def test_two_workers_never_run_one_job_at_once_while_heartbeats_arrive(queue: JobQueue) -> None:

@@ -19,8 +19,9 @@ from redis.asyncio import Redis
 
 from ratchet.local.redis_server import RedisServer
 from services.contracts import layout
+from services.contracts.browsing import PairPage
 from services.contracts.jobs import Event
-from services.contracts.runs import PairPage, RolloutPage
+from services.contracts.runs import RolloutPage
 from tests.fixtures.fake_services import publish_checkpoint
 from tests.fixtures.orchestrator_stack import Stack, jsonl, recipe
 
@@ -73,6 +74,9 @@ async def test_empty_and_too_large_uploads_are_refused(stack: Stack) -> None:
     assert "RATCHET_DATASET_MAX_BYTES" in chunked["detail"]
 
 
+RUNS = ("one", "two", "three")
+
+
 def body(prompts: str, heldout: str, run: str | None = "r", **changes: Any) -> dict[str, Any]:
     return {"id": run, "recipe": {**recipe(prompts, heldout).model_dump(mode="json"), **changes}}
 
@@ -91,6 +95,7 @@ async def test_a_run_that_cannot_work_is_refused_with_the_field_and_the_remedy(s
         (body(prompts, heldout, gate={"max_kl": 1.0}, evaluation={"measure_kl": False}), "recipe", "measure_kl"),
         (body(prompts, heldout, run="../etc"), "id", "pattern"),
         (body(prompts, heldout, run="models"), "id", "cannot be called 'models'"),
+        (body(prompts, heldout, run="runs"), "id", "events of all runs"),
     ]
     for request, field, says in cases:
         problem = await stack.post("/v1/runs", json=request, expect=422)
@@ -161,16 +166,17 @@ async def test_pairs_and_rollouts_are_read_in_pages(stack: Stack) -> None:
     await stack.get(f"{place}/pairs?limit=0", expect=422)
 
 
-async def test_the_same_recipe_and_seed_give_byte_identical_pairs(stack: Stack) -> None:
+async def test_the_same_recipe_and_seed_give_identical_pairs_but_for_their_trace_ids(stack: Stack) -> None:
     await stack.start("one", iterations=1, pairs={"rule": "random"})
     await stack.start("two", iterations=1, pairs={"rule": "random"})
     await stack.start("three", iterations=1, pairs={"rule": "random"}, seed=8)
-    for run in ("one", "two", "three"):
+    for run in RUNS:
         await stack.until(lambda view: view.iterations_decided == 1, run)
-    files = [stack.store.read_bytes(layout.pairs_file(run, 1)) for run in ("one", "two", "three")]
-    assert files[0] == files[1] != files[2]
-    columns = pq.read_table(io.BytesIO(files[0])).column_names
-    assert {"prompt", "chosen", "rejected", "chosen_ids", "rejected_ids"} <= set(columns)
+    files = [pq.read_table(io.BytesIO(stack.store.read_bytes(layout.pairs_file(run, 1)))) for run in RUNS]
+    assert {"prompt", "chosen", "rejected", "chosen_ids", "rejected_ids", "trace_id"} <= set(files[0].column_names)
+    one, two, three = (file.drop_columns(["trace_id"]).replace_schema_metadata() for file in files)
+    assert one.equals(two)
+    assert not one.equals(three)
 
 
 async def test_events_come_as_history_then_live_and_continue_after_the_last_one_seen(stack: Stack) -> None:
@@ -218,7 +224,7 @@ async def test_events_come_as_history_then_live_and_continue_after_the_last_one_
 async def test_health_is_what_it_says(stack: Stack) -> None:
     assert (await stack.get("/health/ready"))["status"] == "ok"
     assert (await stack.get("/health/live"))["status"] == "ok"
-    assert "ratchet_runs" in (await stack.http.get("/metrics")).text
+    assert "ratchet_orchestrator_runs" in (await stack.http.get("/metrics")).text
     ended = asyncio.create_task(asyncio.sleep(0), name="conductor")
     await ended
     stack.app.state.tasks.append(ended)

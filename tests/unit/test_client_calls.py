@@ -9,7 +9,9 @@ import pytest
 from pydantic import SecretStr
 
 from ratchet.client import Connection, RatchetClient
+from services.contracts.browsing import PairQuery
 from services.contracts.errors import Conflict, InvalidInput, JobFailed, NotFound, Unauthorized
+from services.contracts.judgements import Verdict
 from services.platform.http import ServiceClient
 
 Handler = Callable[[httpx.Request], httpx.Response]
@@ -85,6 +87,53 @@ def test_waiting_for_a_job_reports_progress_over_an_outage_and_raises_its_cause(
     with pytest.raises(JobFailed, match="row 3 is empty"):
         make(answer).wait_job("train/sft/a", lambda job, p: seen.append((job.state.value, p.step if p else None)))
     assert seen == [("queued", None), ("running", 1), ("failed", None)]
+
+
+def test_a_query_of_pairs_is_sent_as_it_is_meant(make: Make) -> None:
+    asked: list[httpx.URL] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request.url)
+        return httpx.Response(200, json={"total": 0, "offset": 0, "rows": [], "numbers": []})
+
+    client = make(answer)
+    client.pairs("r", 2, offset=50)
+    client.pairs("r", 2, query=PairQuery(sort="margin", descending=True, search="a&b", min_margin=0.5))
+    assert [url.path for url in asked] == ["/v1/runs/r/iterations/2/pairs"] * 2
+    assert dict(asked[0].params) == {"sort": "row", "descending": "false", "offset": "50", "limit": "50"}
+    assert dict(asked[1].params) == {
+        "sort": "margin", "descending": "true", "search": "a&b", "min_margin": "0.5", "offset": "0", "limit": "50",
+    }  # fmt: skip
+
+
+def test_a_verdict_is_put_under_the_judge_s_name(make: Make) -> None:
+    verdict = Verdict(win_rate=0.625, prompts=200)
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        assert (request.method, request.url.path) == ("PUT", "/v1/runs/r/iterations/2/judgements/gold")
+        assert request.headers["authorization"] == f"Bearer {'t' * 16}"
+        assert Verdict.model_validate_json(request.content) == verdict
+        return httpx.Response(
+            200, json={"judge": "gold", "verdict": verdict.model_dump(), "judged_at": "2026-11-24T00:00:00+00:00"}
+        )
+
+    assert make(answer).judge("r", 2, "gold", verdict).verdict == verdict
+
+
+def test_services_and_the_events_of_all_runs_come_from_the_orchestrator(make: Make) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        assert request.url.host == "orchestrator"
+        if request.url.path == "/v1/services":
+            return httpx.Response(200, json=[{"name": "redis", "url": "redis://h:1", "state": "ready"}])
+        assert request.url.path == "/v1/events"
+        event = {"id": "7-0", "at": 0.0, "type": "run.status", "topic": "runs", "data": {"run": "r"}}
+        return httpx.Response(200, headers=SSE, text=f"id: 7-0\nevent: run.status\ndata: {json.dumps(event)}\n\n")
+
+    client = make(answer)
+    assert [one.state for one in client.services()] == ["ready"]
+    events = client.all_events("6-0")
+    assert next(events).data == {"run": "r"}
+    events.close()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_a_streamed_answer_comes_in_pieces(make: Make) -> None:

@@ -8,12 +8,20 @@ import pytest
 
 from services.contracts.errors import InvalidInput
 from services.contracts.jobs import Job, JobState
+from services.contracts.judgements import Judgement, Verdict
 from services.contracts.recipes import ResolvedModels
 from services.contracts.runs import IterationMetrics, IterationRecord, RunControl, RunRecord, RunStatus, Stage
 from services.orchestrator import stages
 from services.orchestrator.models import resolve_models
 from services.orchestrator.planner import Plan
-from services.orchestrator.views import iteration_view, run_view, seconds_by_stage, stage_view
+from services.orchestrator.views import (
+    DecidedViews,
+    decided_view,
+    live_view,
+    run_view,
+    seconds_by_stage,
+    stage_view,
+)
 from services.platform.store import ArtifactStore
 from tests.fixtures.fake_services import publish_checkpoint
 from tests.fixtures.orchestrator_stack import recipe
@@ -84,13 +92,27 @@ def decided(iteration: int) -> IterationRecord:
 
 
 def test_a_decided_iteration_is_shown_from_its_record_alone() -> None:
-    view = iteration_view(RECORD, 1, {}, decided(1), now=0.0)
+    view = decided_view(RECORD, decided(1))
     assert {stage.state for stage in view.stages} == {"succeeded"}
     assert next(stage for stage in view.stages if stage.stage is Stage.TRAIN).seconds == 12.0
 
 
+def test_a_new_judgement_shows_at_once_and_nothing_else_is_made_again() -> None:
+    views, records = DecidedViews(), {0: decided(0), 1: decided(1)}
+    first = views.of(RECORD, records, {})
+    said = (Judgement(judge="gold", verdict=Verdict(win_rate=0.6, prompts=50), judged_at="2026-11-24"),)
+    second = views.of(RECORD, records, {1: said})
+    assert (first[1].judgements, second[1].judgements) == ((), said)
+    assert second[0] is first[0], "an iteration that nobody judged is shown as it was made"
+
+
+def test_a_decided_iteration_counts_the_same_jobs_as_when_it_was_live() -> None:
+    live, after = live_view(RECORD, 1, {}, now=0.0), decided_view(RECORD, decided(1))
+    assert [(stage.stage, stage.total) for stage in live.stages] == [(s.stage, s.total) for s in after.stages]
+
+
 def test_an_iteration_without_imports_shows_no_import_stage() -> None:
-    assert [stage.stage for stage in iteration_view(RECORD, 0, {}, None, now=0.0).stages] == [
+    assert [stage.stage for stage in live_view(RECORD, 0, {}, now=0.0).stages] == [
         Stage.EVALUATE, Stage.EVALUATE_SCORE, Stage.DECIDE,
     ]  # fmt: skip
 
@@ -107,7 +129,7 @@ def test_seconds_by_stage_run_from_the_first_start_to_the_last_end() -> None:
 @pytest.mark.parametrize(("queued", "status"), [(True, RunStatus.QUEUED), (False, RunStatus.RUNNING)])
 def test_a_run_waits_as_queued_while_another_has_the_generator(queued: bool, status: RunStatus) -> None:
     plan = Plan(RunStatus.RUNNING, iteration=1, incumbent=0)
-    view = run_view(RECORD, RunControl(iterations=2), plan, {}, {}, queued=queued, now=0.0)
+    view = run_view(RECORD, RunControl(iterations=2), plan, {}, {}, shown={}, queued=queued, now=0.0)
     assert view.status is status
     assert (view.incumbent, view.warnings) == ("models/sft", ("careful",))
 

@@ -68,7 +68,8 @@ def test_the_terminal_shows_each_iteration_with_its_interval(report: DemoReport)
     text = out.getvalue()
     assert "70 % (65-75)" in text
     assert "rejected" in text
-    assert "1 vLLM process from start to end; 2 swaps, the slowest 0.90 s" in text
+    assert "1 vLLM process from start to end" in text
+    assert "2 swaps, the slowest 0.90 s" in text
     assert "In Rome. Thank you." in text
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import sys
 from typing import Any
 
 import pytest
@@ -41,3 +42,18 @@ async def test_a_child_that_does_not_end_after_its_messages_is_named() -> None:
     with pytest.raises(TrainingKilled, match=r"pid 7.* did not end within 0\.01 s") as caught:
         await TrainingChild(process, io.BytesIO()).ended(0.01)
     assert caught.value.retryable
+
+
+async def test_a_child_is_gone_only_when_what_it_started_has_ended_too() -> None:
+    code = (
+        "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], "
+        "stdout=subprocess.DEVNULL)"
+    )
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", code, stdout=asyncio.subprocess.PIPE, start_new_session=True
+    )
+    child = TrainingChild(process, io.BytesIO())
+    await process.wait()
+    assert not await child.gone(0.2)
+    await child.stop(3)
+    assert await child.gone(20)

@@ -7,22 +7,18 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from prometheus_client import Counter, Histogram
-
 from services.contracts.errors import DeadlineExceeded, Fenced, InvalidInput, JobFailed, RatchetError
 from services.contracts.problems import Problem
+from services.contracts.tracing import job_place
 from services.platform.jobs.context import Handler, JobContext
 from services.platform.jobs.outage import REDIS_ERRORS, Outage
 from services.platform.jobs.queue import Beat, JobQueue
 from services.platform.jobs.records import Claim, encode
 from services.platform.logs import get_logger, log_context
+from services.platform.metrics import JOB_ATTEMPTS, JOB_SECONDS, JOBS_DEAD, JOBS_RETRIED
+from services.platform.tracing import trace_of_job, traced
 
 log = get_logger(__name__)
-
-JOBS = Counter("ratchet_jobs_total", "Attempts at jobs, by how they ended.", ["queue", "outcome"])
-JOB_SECONDS = Histogram(
-    "ratchet_job_seconds", "Time an attempt took.", ["queue", "kind"], buckets=(0.1, 0.5, 1, 5, 15, 60, 300, 1800, 7200)
-)
 
 STUBBORN_LOG_SECONDS = 30.0
 """A handler that does not end after its task was cancelled is named in the log this often."""
@@ -70,7 +66,7 @@ class Attempt:
         """From claim to committed outcome."""
         job = self.claim.job
         started = time.monotonic()
-        with log_context(job_id=job.id, fence=self.claim.fence):
+        with traced(trace_of_job(job.id)), log_context(**_ids(self.claim)):
             log.info("job_started", kind=job.kind, attempt=job.attempts)
             task = self._task = asyncio.create_task(self._handle(), name=f"job {job.id}")
             try:
@@ -80,7 +76,11 @@ class Attempt:
             outcome = await self._settle(task)
             seconds = time.monotonic() - started
             log.info("job_ended", kind=job.kind, outcome=outcome, seconds=round(seconds, 3))
-        JOBS.labels(job.queue, outcome).inc()
+        JOB_ATTEMPTS.labels(job.queue, outcome).inc()
+        if outcome == "failed":
+            JOBS_DEAD.labels(job.queue).inc()
+        if outcome == "retried":
+            JOBS_RETRIED.labels(job.queue, "error").inc()
         JOB_SECONDS.labels(job.queue, job.kind).observe(seconds)
 
     async def _handle(self) -> dict[str, Any]:
@@ -206,3 +206,12 @@ class Attempt:
                 )
                 return "lost"
             await asyncio.sleep(self._outage.delay_seconds(failures))
+
+
+def _ids(claim: Claim) -> dict[str, Any]:
+    """What every line logged for this attempt says of the job."""
+    place = job_place(claim.job.id)
+    ids: dict[str, Any] = {"job_id": claim.job.id, "fence": claim.fence}
+    if place is not None:
+        ids |= {"run": place.run} if place.iteration is None else {"run": place.run, "iteration": place.iteration}
+    return ids

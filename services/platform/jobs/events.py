@@ -15,6 +15,7 @@ from services.contracts.jobs import Event
 from services.platform.jobs.records import Keys, encode, event_from
 from services.platform.jobs.settings import DEFAULT_SETTINGS, JobSettings
 from services.platform.logs import get_logger
+from services.platform.metrics import EVENT_FOLLOWERS, EVENTS_PUBLISHED
 
 log = get_logger(__name__)
 
@@ -48,7 +49,11 @@ class EventStream:
         """Add an event; returns its id. The queue itself publishes every `job.*` event."""
         record = {"type": type, "job_id": job_id or "", "kind": kind or "", "data": encode(data)}
         kept = self.settings.events_kept
-        return await self.redis.xadd(self.keys.events(topic), record, maxlen=kept, approximate=True)
+        entry = await self.redis.xadd(self.keys.events(topic), record, maxlen=kept, approximate=True)
+        EVENTS_PUBLISHED.labels(type).inc()
+        # With the ids of the request or job that it comes from: a run's changes are found by who asked for them.
+        log.info("event_published", type=type, topic=topic, data=data)
+        return entry
 
     async def read(self, topic: str, after: str = "0", count: int = PAGE) -> list[Event]:
         """Up to `count` events after the one with id `after`, oldest first, without waiting.
@@ -68,19 +73,20 @@ class EventStream:
         """
         last = _checked(after)
         away = False
-        while stop is None or not stop.is_set():
-            try:
-                events = await self._read(topic, last, PAGE, round(BLOCK_SECONDS * 1000))
-            except RedisError as error:
-                if not away:
-                    log.warning("redis_unreachable", doing="following events", topic=topic, error=str(error))
-                away = True
-                await _pause(stop, BLOCK_SECONDS)
-                continue
-            away = False
-            for event in events:
-                last = event.id
-                yield event
+        with EVENT_FOLLOWERS.track_inprogress():
+            while stop is None or not stop.is_set():
+                try:
+                    events = await self._read(topic, last, PAGE, round(BLOCK_SECONDS * 1000))
+                except RedisError as error:
+                    if not away:
+                        log.warning("redis_unreachable", doing="following events", topic=topic, error=str(error))
+                    away = True
+                    await _pause(stop, BLOCK_SECONDS)
+                    continue
+                away = False
+                for event in events:
+                    last = event.id
+                    yield event
 
     async def _read(self, topic: str, after: str, count: int, block_ms: int | None) -> list[Event]:
         answer = await self.redis.xread({self.keys.events(topic): after}, count=count, block=block_ms)

@@ -8,6 +8,7 @@ from typing import Any
 from redis.exceptions import RedisError
 
 from services.platform.logs import get_logger
+from services.platform.metrics import REDIS_OUTAGES, REDIS_REACHABLE
 
 log = get_logger(__name__)
 
@@ -23,20 +24,26 @@ class Outage:
     Args:
         redis: The client, to name its server in the log.
         longest_delay_seconds: Upper bound of the back-off.
+        client: Who asks, as the metrics name it.
     """
 
-    def __init__(self, redis: Any, longest_delay_seconds: float) -> None:
+    def __init__(self, redis: Any, longest_delay_seconds: float, *, client: str = "worker") -> None:
         self.server = server_of(redis)
         self.error: str | None = None
         self.healthy_since = 0.0
         self._longest = longest_delay_seconds
         self._down_at = 0.0
+        self._reachable = REDIS_REACHABLE.labels(client)
+        self._outages = REDIS_OUTAGES.labels(client)
+        self._reachable.set(1)
 
     def failed(self, doing: str, error: BaseException) -> None:
         """A call failed. One line per outage, and one for each other error met in it."""
         message = f"{type(error).__name__}: {error}"
         if self.error is None:
             self._down_at = time.monotonic()
+            self._outages.inc()
+            self._reachable.set(0)
         if message != self.error:
             log.warning(
                 "redis_unreachable", server=self.server, doing=doing, error=message, then="waiting and trying again"
@@ -49,6 +56,7 @@ class Outage:
             self.healthy_since = time.monotonic()
             log.info("redis_back", server=self.server, away_seconds=round(self.healthy_since - self._down_at, 1))
             self.error = None
+            self._reachable.set(1)
 
     def delay_seconds(self, failures: int) -> float:
         """Back-off after so many failures in a row of one task."""

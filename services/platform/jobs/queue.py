@@ -14,9 +14,10 @@ from redis.exceptions import ResponseError
 from services.contracts.errors import Conflict, Fenced, NotFound
 from services.contracts.jobs import Job, JobOutcome, JobRequest, JobState
 from services.contracts.problems import Problem
-from services.platform.jobs.records import Claim, Keys, encode, fields, job_from, outcome_from
+from services.platform.jobs.records import Claim, Keys, QueueDepth, encode, fields, job_from, outcome_from
 from services.platform.jobs.scripts import GROUP, SCRIPTS
 from services.platform.jobs.settings import DEFAULT_SETTINGS, JobSettings
+from services.platform.metrics import JOBS_DEAD, JOBS_ENQUEUED, JOBS_RETRIED
 
 INBOX_GROUP = "orchestrator"
 BATCH = 100
@@ -69,6 +70,8 @@ class JobQueue:
                 f", {job.state}). An id names one piece of work: use another id, or send the same payload.",
                 field="id",
             )
+        if status == "NEW":
+            JOBS_ENQUEUED.labels(job.queue, job.kind).inc()
         return job
 
     async def get(self, job_id: str) -> Job | None:
@@ -92,6 +95,29 @@ class JobQueue:
         """A queue's jobs in every state, newest first."""
         ids: list[str] = await self.redis.zrevrange(self.keys.jobs(queue), 0, limit - 1)
         return list((await self.get_many(ids)).values())
+
+    async def depth(self, queue: str) -> QueueDepth:
+        """How many jobs of a queue wait, and for how long the oldest of them has."""
+        stream = self.keys.queue(queue)
+        async with self.redis.pipeline(transaction=False) as pipeline:
+            pipeline.xlen(stream)
+            pipeline.xinfo_groups(stream)
+            pipeline.zcard(self.keys.delayed(queue))
+            pipeline.time()
+            answers: list[Any] = await pipeline.execute(raise_on_error=False)
+        for answer in answers:
+            # XINFO alone minds that there is no such stream, since no job was ever queued.
+            if isinstance(answer, Exception) and not isinstance(answer, ResponseError):
+                raise answer
+        entries, found, delayed, clock = answers
+        groups: Sequence[dict[str, Any]] = () if isinstance(found, ResponseError) else found
+        group = next((one for one in groups if one["name"] == GROUP), dict[str, Any]())
+        waiting: int = max(0, entries - group.get("pending", 0))
+        after: str = group.get("last-delivered-id", "0-0")
+        first: list[tuple[str, Any]] = await self.redis.xrange(stream, f"({after}", "+", count=1) if waiting else []
+        since = int(first[0][0].partition("-")[0]) / 1000 if first else None
+        now: float = clock[0] + clock[1] / 1e6
+        return QueueDepth(waiting, delayed, 0.0 if since is None else max(0.0, now - since))
 
     async def claim(self, queue: str, worker: str, block_seconds: float = 1.0) -> Claim | None:
         """Take the oldest waiting job for `worker`, waiting up to `block_seconds` for one. The lease starts now."""
@@ -196,12 +222,16 @@ class JobQueue:
         lease_ms, forget_ms = round(self.settings.lease_seconds * 1000), round(FORGET_CONSUMER_SECONDS * 1000)
         while True:
             try:
-                count: int = await self._call("reclaim", [self.keys.queue(queue)], lease_ms, BATCH, forget_ms)
+                count, requeued, dead = await self._call(
+                    "reclaim", [self.keys.queue(queue)], lease_ms, BATCH, forget_ms
+                )
             except ResponseError as error:
                 if "NOGROUP" in str(error) or "no such key" in str(error):
                     return taken
                 raise
             taken += count
+            JOBS_RETRIED.labels(queue, "lost").inc(requeued)
+            JOBS_DEAD.labels(queue).inc(dead)
             if count < BATCH:
                 return taken
 

@@ -53,6 +53,18 @@ class Claim:
     worker: str
 
 
+@dataclass(frozen=True)
+class QueueDepth:
+    """Jobs of a queue that nobody works on."""
+
+    waiting: int
+    """Any worker may take them now."""
+    delayed: int
+    """They failed, and the time of their next attempt has not come."""
+    oldest_seconds: float
+    """How long the oldest of the waiting ones has waited; 0 when none waits."""
+
+
 def encode(value: Mapping[str, Any]) -> str:
     """JSON in one canonical form, so that equal payloads are equal strings.
 

@@ -198,11 +198,13 @@ push(job, 0)
 emit(job, 'job.queued', cjson.encode({queue = job.queue, released_by = job.worker}))
 return 'OK'
 """,
-    # KEYS 1 stream; ARGV 4 lease ms, 5 at most, 6 ms until an idle consumer's name is forgotten -> entries taken back
+    # KEYS 1 stream; ARGV 4 lease ms, 5 at most, 6 ms until an idle consumer's name is forgotten
+    # -> {entries taken back, jobs queued again, jobs failed}
     # Owners need one lease after a restart of Redis to renew; idle times include the time it was down.
     "reclaim": """
 local uptime = tonumber(string.match(redis.call('INFO', 'server'), 'uptime_in_seconds:(%d+)'))
-if uptime * 1000 <= tonumber(ARGV[4]) then return 0 end
+if uptime * 1000 <= tonumber(ARGV[4]) then return {0, 0, 0} end
+local requeued, failed = 0, 0
 local taken = redis.call('XPENDING', KEYS[1], 'workers', 'IDLE', ARGV[4], '-', '+', ARGV[5])
 for _, pending in ipairs(taken) do
   local entry = pending[1]
@@ -224,9 +226,13 @@ for _, pending in ipairs(taken) do
           .. ' attempts are used up. Look in its log for what ended it (out of memory, a crash), then retry the job.'})
       redis.call('HSET', job.key, 'problem', problem)
       end_job(job, 'failed', '{"attempt":' .. job.attempts .. ',"problem":' .. problem .. '}')
+      failed = failed + 1
     else
       push(job, 0)
-      if dead then emit(job, 'job.queued', cjson.encode({queue = job.queue, lost_by = job.worker})) end
+      if dead then
+        requeued = requeued + 1
+        emit(job, 'job.queued', cjson.encode({queue = job.queue, lost_by = job.worker}))
+      end
     end
   end
 end
@@ -237,7 +243,7 @@ for _, consumer in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], 'workers')) 
     redis.call('XGROUP', 'DELCONSUMER', KEYS[1], 'workers', about.name)
   end
 end
-return #taken
+return {#taken, requeued, failed}
 """,
     # KEYS 1 job -> hash, empty when there is none
     "cancel": """

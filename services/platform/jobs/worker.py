@@ -7,8 +7,6 @@ import random
 import time
 from collections.abc import Mapping
 
-from prometheus_client import Gauge
-
 from services.contracts.errors import Fenced
 from services.platform.jobs.attempt import Attempt
 from services.platform.jobs.context import Handler
@@ -16,10 +14,9 @@ from services.platform.jobs.outage import REDIS_ERRORS, Outage
 from services.platform.jobs.queue import JobQueue
 from services.platform.jobs.records import Claim
 from services.platform.logs import get_logger
+from services.platform.metrics import JOBS_RUNNING, start_counters
 
 log = get_logger(__name__)
-
-RUNNING = Gauge("ratchet_jobs_running", "Jobs whose handler runs now.", ["queue"])
 
 
 class Worker:
@@ -40,7 +37,8 @@ class Worker:
         self.handlers = dict(handlers)
         self.name = name
         self.last_progress_at = time.monotonic()
-        self._outage = Outage(queue.redis, queue.settings.reconnect_max_seconds)
+        self._outage = Outage(queue.redis, queue.settings.reconnect_max_seconds, client="worker")
+        start_counters(queues)
         self._attempts: dict[asyncio.Task[None], Attempt] = {}
 
     @property
@@ -123,7 +121,7 @@ class Worker:
 
     async def _run(self, attempt: Attempt) -> None:
         queue = attempt.claim.job.queue
-        with RUNNING.labels(queue).track_inprogress():
+        with JOBS_RUNNING.labels(queue).track_inprogress():
             try:
                 await attempt.run()
             except Exception:
