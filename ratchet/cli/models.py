@@ -1,4 +1,4 @@
-"""`ratchet generate`, `score`, `policy`, `scorers`: the models that serve now."""
+"""`ratchet generate`, `score`, `policy`, `scorers`, `services`: what serves now."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DEFAULT_DIR = Path(".ratchet")
 
 def register(app: typer.Typer) -> None:
     """Add these commands to the app."""
-    for command in (generate, score, policy, scorers):
+    for command in (generate, score, policy, scorers, services):
         app.command(rich_help_panel="Models that serve")(command)
 
 
@@ -195,3 +195,29 @@ def scorers(as_json: Json = False, folder: Dir = DEFAULT_DIR) -> None:
     for info in found:
         made.add_row(info.name, info.spec.kind, info.revision, f"{info.parameters / 1e6:.1f} M", info.dtype)
     output.print_table(made)
+
+
+def services(as_json: Json = False, folder: Dir = DEFAULT_DIR) -> None:
+    """Show how the services are, as the orchestrator sees them; also of a remote stack. Exit code 0: all are ready.
+
+    Example: ratchet services
+    """
+    from rich.text import Text
+
+    from ratchet.client import RatchetClient
+
+    with RatchetClient.find(folder) as client:
+        found = client.services()
+    if as_json:
+        output.print_json(list(found))
+    else:
+        made = output.table("service", "state", "time", "url", "serving", "detail", right=("time",))
+        for one in found:
+            took = "-" if one.seconds is None else f"{one.seconds * 1000:.0f} ms"
+            made.add_row(
+                one.name, output.state(one.state), took, one.url or "-", ", ".join(one.serving) or "-",
+                Text(one.detail or ""),
+            )  # fmt: skip
+        output.print_table(made)
+    if any(one.state != "ready" for one in found):
+        raise typer.Exit(1)

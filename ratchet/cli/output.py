@@ -21,6 +21,7 @@ err = Console(stderr=True, highlight=False)
 STATE_STYLES = {
     "ready": "green",
     "waiting": "cyan", "starting": "yellow", "restarting": "yellow", "unready": "red", "failed": "red",
+    "not_ready": "yellow", "unreachable": "red",
     "stopped": "dim", "running": "green", "succeeded": "green", "queued": "cyan", "paused": "yellow", "idle": "cyan",
     "cancelled": "dim", "promoted": "green", "rejected": "yellow", "baseline": "cyan",
 }  # fmt: skip

@@ -247,7 +247,7 @@ def runs(as_json: Json = False, folder: Dir = DEFAULT_DIR) -> None:
     Example: ratchet runs
     """
     with _client(folder) as client:
-        found = client.runs()
+        found = client.runs("all" if as_json else "none")
     if as_json:
         output.print_json(list(found))
         return
@@ -304,29 +304,46 @@ def pairs(
     iteration: Annotated[int, typer.Option("--iteration", "-t", min=1, help="Which iteration.")],
     limit: Annotated[int, typer.Option(min=1, max=1000)] = 5,
     offset: Annotated[int, typer.Option(min=0)] = 0,
+    sort: Annotated[str, typer.Option(help="row, margin, chosen_reward, rejected_reward, chosen_tokens, ...")] = "row",
+    descending: Annotated[bool, typer.Option("--descending", help="Largest first.")] = False,
+    search: Annotated[str | None, typer.Option(help="Text in prompt, chosen or rejected, in any case.")] = None,
+    min_margin: Annotated[float | None, typer.Option()] = None,
+    max_margin: Annotated[float | None, typer.Option()] = None,
     as_json: Json = False,
     folder: Dir = DEFAULT_DIR,
 ) -> None:
     """Read the preference pairs of an iteration.
 
-    Example: ratchet pairs my-run -t 1 --limit 3
+    Example: ratchet pairs my-run -t 1 --limit 3 --sort margin --descending
     """
+    from pydantic import ValidationError
+
+    from services.contracts.browsing import PairQuery
+
+    try:
+        query = PairQuery.model_validate(
+            {"sort": sort, "descending": descending, "search": search, "min_margin": min_margin,
+             "max_margin": max_margin}
+        )  # fmt: skip
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]).replace("_", "-")
+        raise typer.BadParameter(first["msg"], param_hint=f"--{name}") from error
     with _client(folder) as client:
-        page = client.pairs(id, iteration, offset, limit)
+        page = client.pairs(id, iteration, offset, limit, query)
     if as_json:
         output.print_json(page)
         return
-    for number, pair in enumerate(page.rows, start=page.offset + 1):
-        print_line(
-            Text(f"pair {number} of {page.total}  prompt {pair.prompt_id}  margin {pair.margin:.3f}", style="bold")
-        )
+    for place, (number, pair) in enumerate(zip(page.numbers, page.rows, strict=True), start=page.offset + 1):
+        found = f"{place} of {page.total}"
+        print_line(Text(f"pair {number}  ({found})  prompt {pair.prompt_id}  margin {pair.margin:.3f}", style="bold"))
         for turn in pair.prompt:
             _block(turn.role, turn.content)
         _block(f"chosen   {pair.chosen_reward:+.3f}", pair.chosen[-1].content, "green")
         _block(f"rejected {pair.rejected_reward:+.3f}", pair.rejected[-1].content, "red")
         print_line()
     if not page.rows:
-        note(f"iteration {iteration} has {page.total} pairs; none from {offset} on")
+        note(f"{page.total} pairs of iteration {iteration} are found; none from {offset} on")
 
 
 def _block(label: str, text: str, style: str = "") -> None:

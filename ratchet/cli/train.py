@@ -212,7 +212,7 @@ def _wait(client: RatchetClient, job_id: str) -> Any:
 
     def line(job: Job, progress: TrainingProgress | None) -> None:
         share = int(10 * progress.step / progress.total_steps) if progress and progress.total_steps else 0
-        mark = f"{job.state.value} {progress.phase if progress else ''} {share}"
+        mark = f"{job.state.value} {(progress.waiting or progress.phase) if progress else ''} {share}"
         if said[-1:] != [mark]:
             said.append(mark)
             note(progress_line(job, progress))
@@ -224,7 +224,7 @@ def progress_line(job: Job, progress: TrainingProgress | None) -> str:
     """`sft  training  step 12/80  loss 1.231  accuracy 71 %  900 tokens/s  20 s left`."""
     if progress is None or job.state.final or job.state.value == "queued":
         return f"{job.kind}  {job.state.value}"
-    parts = [job.kind, progress.phase]
+    parts = [job.kind, progress.waiting or progress.phase]
     if progress.total_steps:
         parts.append(f"step {progress.step}/{progress.total_steps}")
     if progress.loss is not None:
@@ -235,4 +235,6 @@ def progress_line(job: Job, progress: TrainingProgress | None) -> str:
         parts.append(f"{progress.tokens_per_second:.0f} tokens/s")
     if progress.seconds_left is not None and progress.phase == "training":
         parts.append(f"{output.seconds(progress.seconds_left)} left")
+    if progress.warning:
+        parts.append(progress.warning)
     return "  ".join(parts)

@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ratchet.cli import output
+from services.contracts.judgements import Verdict
 from services.contracts.runs import IterationRecord, IterationView, RunView, StageView
 
 
@@ -54,17 +55,28 @@ def stages_table(iteration: IterationView) -> Table:
 
 
 def iterations_table(view: RunView) -> Table | None:
-    """One line per decided iteration."""
-    records = [one.record for one in view.iterations if one.record]
-    if not records:
+    """One line per decided iteration, with a column for each judge there is."""
+    if not any(one.record for one in view.iterations):
         return None
     figures = (
         "reward", "±", "win vs ref", "win vs inc", "KL", "tokens", "pairs", "dpo loss", "dpo acc", "time",
     )  # fmt: skip
-    made = output.table("iter", "decision", *figures, right=("iter", *figures))
-    for record in records:
-        made.add_row(str(record.iteration), output.state(record.decision), *iteration_figures(record))
+    judges = sorted({one.judge for iteration in view.iterations for one in iteration.judgements})
+    made = output.table("iter", "decision", *figures, *judges, right=("iter", *figures, *judges))
+    for iteration in view.iterations:
+        if (record := iteration.record) is None:
+            continue
+        said = {one.judge: verdict_figure(one.verdict) for one in iteration.judgements}
+        made.add_row(
+            str(record.iteration), output.state(record.decision), *iteration_figures(record),
+            *(said.get(judge, "-") for judge in judges),
+        )  # fmt: skip
     return made
+
+
+def verdict_figure(verdict: Verdict) -> str:
+    """`63 % vs ref`: how often a judge prefers the iteration's policy."""
+    return f"{output.percent(verdict.win_rate)} vs {'ref' if verdict.against == 'reference' else 'inc'}"
 
 
 def iteration_figures(record: IterationRecord) -> list[str]:

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter
 from ratchet.client.chat import ChatAnswer, ChatRequest, as_messages, chat_answers, chat_pieces
 from ratchet.client.connection import Connection
 from ratchet.client.staging import stage_model
+from services.contracts.browsing import PairDetail, PairPage, PairPageQuery, PairQuery
 from services.contracts.checkpoints import PolicyInfo, PolicySpec
 from services.contracts.conversations import Message
 from services.contracts.errors import (
@@ -25,20 +26,22 @@ from services.contracts.errors import (
     Unavailable,
     UpstreamFailed,
 )  # fmt: skip
+from services.contracts.health import ServiceHealth
 from services.contracts.jobs import Event, Job, JobState
+from services.contracts.judgements import Judgement, Verdict
 from services.contracts.recipes import Recipe
 from services.contracts.rollouts import RolloutLine, RolloutRequest
 from services.contracts.runs import (
     DatasetInfo,
     IterationsRequest,
     IterationView,
-    PairPage,
     RollbackRequest,
     RolloutPage,
     RunCreated,
     RunRequest,
     RunStatus,
     RunView,
+    ShownIterations,
 )  # fmt: skip
 from services.contracts.scores import (
     LogprobRequest,
@@ -65,6 +68,7 @@ SILENCE_SECONDS = 60.0
 """An event stream sends a comment well before; longer silence is a dead connection."""
 RUNS = TypeAdapter(list[RunView])
 JOBS = TypeAdapter(list[Job])
+SERVICES = TypeAdapter(list[ServiceHealth])
 SCORERS = TypeAdapter(list[ScorerInfo])
 FORMATS: dict[str, str] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 
@@ -124,9 +128,14 @@ class AsyncRatchetClient:
         """A run with its iterations, the current one live. Raises NotFound."""
         return await self._service("orchestrator").call("GET", f"/v1/runs/{id}", answer=RunView)
 
-    async def runs(self) -> list[RunView]:
-        """All runs, newest first."""
-        return RUNS.validate_json((await self._service("orchestrator").send("GET", "/v1/runs")).content)
+    async def runs(self, iterations: ShownIterations = "all") -> list[RunView]:
+        """All runs, newest first; with all iterations, the latest of each, or none."""
+        answer = await self._service("orchestrator").send("GET", "/v1/runs", params={"iterations": iterations})
+        return RUNS.validate_json(answer.content)
+
+    async def services(self) -> list[ServiceHealth]:
+        """How the services are, as the orchestrator sees them."""
+        return SERVICES.validate_json((await self._service("orchestrator").send("GET", "/v1/services")).content)
 
     async def iteration(self, id: str, iteration: int) -> IterationView:
         """One iteration of a run."""
@@ -163,13 +172,26 @@ class AsyncRatchetClient:
         service = self._control("orchestrator", "rolling back")
         return await service.call("POST", f"/v1/runs/{id}/rollback", answer=RunView, body=body)
 
-    async def pairs(self, id: str, iteration: int, offset: int = 0, limit: int = 50) -> PairPage:
-        """Preference pairs of an iteration."""
+    async def judge(self, id: str, iteration: int, judge: str, verdict: Verdict) -> Judgement:
+        """Record what a judge says of a decided iteration. Raises Conflict when it said something else before."""
+        service = self._control("orchestrator", "recording a judgement")
+        path = f"/v1/runs/{id}/iterations/{iteration}/judgements/{judge}"
+        return await service.call("PUT", path, answer=Judgement, body=verdict)
+
+    async def pairs(
+        self, id: str, iteration: int, offset: int = 0, limit: int = 50, query: PairQuery | None = None
+    ) -> PairPage:
+        """Preference pairs of an iteration, those that a query finds, in its order."""
+        asked = PairPageQuery(**(query or PairQuery()).model_dump(), offset=offset, limit=limit)
         return await self._service("orchestrator").call(
-            "GET",
-            f"/v1/runs/{id}/iterations/{iteration}/pairs",
-            answer=PairPage,
-            params={"offset": offset, "limit": limit},
+            "GET", f"/v1/runs/{id}/iterations/{iteration}/pairs", answer=PairPage,
+            params=asked.model_dump(mode="json", exclude_none=True),
+        )  # fmt: skip
+
+    async def pair(self, id: str, iteration: int, number: int) -> PairDetail:
+        """A pair among all responses it was chosen from; `PairPage.numbers` gives the numbers."""
+        return await self._service("orchestrator").call(
+            "GET", f"/v1/runs/{id}/iterations/{iteration}/pairs/{number}", answer=PairDetail
         )
 
     async def rollouts(
@@ -184,6 +206,10 @@ class AsyncRatchetClient:
     def events(self, id: str, after: str = "0") -> AsyncIterator[Event]:
         """Events of a run: history after that id, then live, over restarts of the orchestrator. Endless."""
         return self._follow("orchestrator", f"/v1/runs/{id}/events", after, ended=None)
+
+    def all_events(self, after: str = "0") -> AsyncIterator[Event]:
+        """Changes of all runs (`run.*`, `iteration.decided`; the run is `data["run"]`), like `events`."""
+        return self._follow("orchestrator", "/v1/events", after, ended=None)
 
     async def wait(self, id: str, timeout_seconds: float | None = None) -> RunView:
         """Wait until a run is neither queued nor running (idle, paused, failed, cancelled). Raises DeadlineExceeded."""

@@ -15,12 +15,15 @@ from pydantic import SecretStr
 from ratchet.client.asynchronous import MODEL_SECONDS, AsyncRatchetClient
 from ratchet.client.chat import ChatAnswer
 from ratchet.client.connection import Connection
+from services.contracts.browsing import PairDetail, PairPage, PairQuery
 from services.contracts.checkpoints import PolicyInfo
 from services.contracts.conversations import Message
+from services.contracts.health import ServiceHealth
 from services.contracts.jobs import Event, Job
+from services.contracts.judgements import Judgement, Verdict
 from services.contracts.recipes import Recipe
 from services.contracts.rollouts import RolloutLine, RolloutRequest
-from services.contracts.runs import DatasetInfo, IterationView, PairPage, RolloutPage, RunCreated, RunView
+from services.contracts.runs import DatasetInfo, IterationView, RolloutPage, RunCreated, RunView, ShownIterations
 from services.contracts.scores import LogprobRequest, LogprobResponse, ScoreItem, ScoreResponse, ScorerInfo, ScorerSpec
 from services.contracts.training import TrainingJob, TrainingProgress, TrainingResult
 
@@ -113,9 +116,13 @@ class RatchetClient:
         """A run with its iterations, the current one live. Raises NotFound."""
         return self._do(self._core.run(id))
 
-    def runs(self) -> list[RunView]:
-        """All runs, newest first."""
-        return self._do(self._core.runs())
+    def runs(self, iterations: ShownIterations = "all") -> list[RunView]:
+        """All runs, newest first; with all iterations, the latest of each, or none."""
+        return self._do(self._core.runs(iterations))
+
+    def services(self) -> list[ServiceHealth]:
+        """How the services are, as the orchestrator sees them."""
+        return self._do(self._core.services())
 
     def iteration(self, id: str, iteration: int) -> IterationView:
         """One iteration of a run."""
@@ -141,9 +148,19 @@ class RatchetClient:
         """Set the incumbent back to an earlier iteration, from the next iteration on."""
         return self._do(self._core.rollback(id, to_iteration, reason))
 
-    def pairs(self, id: str, iteration: int, offset: int = 0, limit: int = 50) -> PairPage:
-        """Preference pairs of an iteration."""
-        return self._do(self._core.pairs(id, iteration, offset, limit))
+    def judge(self, id: str, iteration: int, judge: str, verdict: Verdict) -> Judgement:
+        """Record what a judge says of a decided iteration. Raises Conflict when it said something else before."""
+        return self._do(self._core.judge(id, iteration, judge, verdict))
+
+    def pairs(
+        self, id: str, iteration: int, offset: int = 0, limit: int = 50, query: PairQuery | None = None
+    ) -> PairPage:
+        """Preference pairs of an iteration, those that a query finds, in its order."""
+        return self._do(self._core.pairs(id, iteration, offset, limit, query))
+
+    def pair(self, id: str, iteration: int, number: int) -> PairDetail:
+        """A pair among all responses it was chosen from; `PairPage.numbers` gives the numbers."""
+        return self._do(self._core.pair(id, iteration, number))
 
     def rollouts(
         self, id: str, iteration: int, *, evaluation: bool = False, offset: int = 0, limit: int = 50
@@ -154,6 +171,10 @@ class RatchetClient:
     def events(self, id: str, after: str = "0") -> Iterator[Event]:
         """Events of a run: history after that id, then live, over restarts of the orchestrator. Endless."""
         return self._each(self._core.events(id, after))
+
+    def all_events(self, after: str = "0") -> Iterator[Event]:
+        """Changes of all runs (`run.*`, `iteration.decided`; the run is `data["run"]`), like `events`."""
+        return self._each(self._core.all_events(after))
 
     def wait(self, id: str, timeout_seconds: float | None = None) -> RunView:
         """Wait until a run is neither queued nor running (idle, paused, failed, cancelled). Raises DeadlineExceeded."""

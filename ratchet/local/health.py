@@ -11,6 +11,7 @@ import httpx
 
 from ratchet.local.records import REDIS, ProcessRecord
 from ratchet.local.supervision import Death, ProgramState
+from services.platform.healthcheck import MODEL_ROUTES, waiting_for
 
 PROBE_SECONDS = 3.0
 """A healthy service on loopback answers its health route at once; a busy one within this."""
@@ -127,18 +128,14 @@ def _detail(answer: httpx.Response) -> str:
 
 def _model(name: str, http: httpx.Client) -> tuple[str | None, str | None]:
     """What a service waits for (None: nothing), and the generator's policy version."""
-    route = {"generator": "/v1/policy", "reward": "/v1/scorers"}.get(name)
+    route = MODEL_ROUTES.get(name)
     if route is None:
         return None, None
     try:
         body = _json(http.get(route))
     except httpx.HTTPError:
         return None, None
-    if name == "generator" and isinstance(body, dict):
-        return ("waiting for a policy" if body.get("state") == "empty" else None), body.get("version")
-    if name == "reward" and isinstance(body, list) and not body:
-        return "waiting for a scorer", None
-    return None, None
+    return waiting_for(name, body), body.get("version") if isinstance(body, dict) else None
 
 
 def _json(answer: httpx.Response) -> Any:

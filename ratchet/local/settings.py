@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import difflib
 import re
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ import services.contracts
 from ratchet.local.records import SERVICES
 from services.contracts.errors import InvalidInput
 from services.contracts.model import Contract
+from services.platform.settings import known_variables
 
 PREFIX = "RATCHET_"
 OWN_FLAGS = {
@@ -61,20 +61,6 @@ def service_root() -> Path:
     """Folder that holds the `services` package: a checkout, or site-packages."""
     assert services.contracts.__file__
     return Path(services.contracts.__file__).parents[2]
-
-
-def known_variables() -> set[str]:
-    """Variables that some service reads, found in the sources: services are not imported here (they load torch)."""
-    names: set[str] = set()
-    for file in (service_root() / "services").glob("*/settings.py"):
-        for node in ast.walk(ast.parse(file.read_text(), filename=str(file))):
-            if isinstance(node, ast.ClassDef) and node.name.endswith("Settings"):
-                names |= {
-                    PREFIX + field.target.id.upper()
-                    for field in node.body
-                    if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
-                }
-    return names
 
 
 def check_variables(environment: Mapping[str, str]) -> None:

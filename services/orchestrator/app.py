@@ -18,6 +18,7 @@ from services.orchestrator.handlers import handlers
 from services.orchestrator.routes import routes
 from services.orchestrator.runbook import Runbook
 from services.orchestrator.runs import RunService
+from services.orchestrator.service_health import ServiceHealthChecks
 from services.orchestrator.settings import OrchestratorSettings
 from services.orchestrator.snapshots import Snapshots
 from services.orchestrator.trials import TrialGuard
@@ -26,6 +27,7 @@ from services.platform.http import ServiceClient
 from services.platform.jobs import EventStream, JobQueue, JobSettings, Worker, connect
 from services.platform.jobs.outage import REDIS_ERRORS
 from services.platform.logs import get_logger
+from services.platform.openapi import document_problems
 from services.platform.service import create_service, problem_of
 from services.platform.store import ArtifactStore
 
@@ -39,6 +41,7 @@ STOP_SECONDS = 15.0
 def create_app(
     settings: OrchestratorSettings, *, job_settings: JobSettings | None = None,
     generator: httpx.AsyncBaseTransport | None = None, reward: httpx.AsyncBaseTransport | None = None,
+    trainer: httpx.AsyncBaseTransport | None = None,
 ) -> FastAPI:  # fmt: skip
     """The orchestrator.
 
@@ -46,6 +49,7 @@ def create_app(
         job_settings: Leases and intervals of the queue; the same in every process that shares it.
         generator: Transport to the generator, in tests.
         reward: Transport to the reward service, in tests.
+        trainer: Transport to the trainer, in tests.
     """
     store = ArtifactStore(settings.store_url)
 
@@ -56,6 +60,9 @@ def create_app(
             "generator", settings.generator_url, settings.token, retry=False, transport=generator
         )
         reward_client = ServiceClient("reward", settings.reward_url, settings.token, retry=False, transport=reward)
+        clients = [generator_client, reward_client]
+        if settings.trainer_url is not None:
+            clients.append(ServiceClient("trainer", settings.trainer_url, retry=False, transport=trainer))
         redis = await connect(settings.redis_url)
         jobs = job_settings or JobSettings()
         queue, events = JobQueue(redis, jobs), EventStream(redis, jobs)
@@ -74,6 +81,7 @@ def create_app(
             name=f"orchestrator-{socket.gethostname()}-{os.getpid()}",
         )
         app.state.runs = RunService(conductor, settings)
+        app.state.service_health = ServiceHealthChecks(settings, clients, redis, store, live)
         app.state.worker, app.state.conductor, app.state.redis = worker, conductor, redis
         stop = asyncio.Event()
         tasks = [
@@ -90,8 +98,8 @@ def create_app(
                 log.error("task_does_not_end", task=task.get_name())
                 task.cancel()
             await trials.close()
-            await generator_client.close()
-            await reward_client.close()
+            for client in clients:
+                await client.close()
             await redis.aclose()
 
     async def live() -> str | None:
@@ -133,6 +141,11 @@ def create_app(
 
     app.add_exception_handler(RedisError, on_redis)
     app.include_router(routes(settings, store))
+    document_problems(app)
+    if settings.dashboard:
+        from services.orchestrator.dashboard.mount import mount_dashboard  # importing NiceGUI takes a second
+
+        mount_dashboard(app, settings, store)
     return app
 
 

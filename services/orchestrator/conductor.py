@@ -10,17 +10,19 @@ import time
 import uuid
 from collections.abc import Mapping
 
-from prometheus_client import Counter, Gauge
-
 from services.contracts.errors import Conflict, RatchetError
 from services.contracts.runs import RunStatus
+from services.orchestrator import metrics
+from services.orchestrator.events import tell_change
 from services.orchestrator.planner import Plan
 from services.orchestrator.settings import OrchestratorSettings
 from services.orchestrator.snapshots import Snapshot, Snapshots
+from services.orchestrator.stages import QUEUES
 from services.orchestrator.trials import TrialGuard
 from services.platform.jobs import EventStream, JobQueue
 from services.platform.jobs.outage import REDIS_ERRORS, Outage
 from services.platform.logs import get_logger
+from services.platform.metrics import JOBS_DELAYED, JOBS_OLDEST, JOBS_WAITING
 
 log = get_logger(__name__)
 
@@ -30,8 +32,8 @@ CONSUMER = "conductor"
 SERVING_QUEUES = frozenset({"generate", "score", "control"})
 """Jobs of these queues decide which policy and which scorers are served; only one run may have any."""
 
-RUNS = Gauge("ratchet_runs", "Runs by status.", ["status"])
-ENQUEUED = Counter("ratchet_jobs_enqueued_total", "Jobs the conductor enqueued.", ["kind"])
+MEASURE_SECONDS = 5.0
+"""Queues and disk are measured this often; Prometheus comes every 15 s."""
 
 
 class Conductor:
@@ -57,7 +59,8 @@ class Conductor:
         self._left_out: dict[str, str] = {}
         self._me = uuid.uuid4().hex
         self._lease_key = f"{self.queue.settings.key_prefix}:conductor"
-        self._outage = Outage(self.queue.redis, self.queue.settings.reconnect_max_seconds)
+        self._outage = Outage(self.queue.redis, self.queue.settings.reconnect_max_seconds, client="conductor")
+        self._measured_at = float("-inf")
 
     @property
     def seconds_since_turn(self) -> float:
@@ -85,11 +88,15 @@ class Conductor:
             failures += 1
             await _pause(stop, self._outage.delay_seconds(failures))
         await self._give_up_lease()
+        metrics.hide_runs()
 
     async def _turn(self, next_sweep: float) -> float:
         if not await self._hold_lease():
+            metrics.hide_runs()
             await asyncio.sleep(BLOCK_SECONDS)
             return 0.0
+        metrics.CONDUCTING.set(1)
+        await self._measure()
         block = 0.0 if time.monotonic() >= next_sweep else BLOCK_SECONDS
         messages = await self.queue.read_inbox(CONSUMER, block)
         sweep = time.monotonic() >= next_sweep
@@ -116,7 +123,7 @@ class Conductor:
                     await self.queue.cancel(job_id)
             if self.active is not None:
                 await self._enqueue(shots[self.active])
-        await self._tell(plans)
+        await self._tell(shots)
         self.trials.look(shots, busy=self.active is not None)
 
     async def _look(self, run: str) -> Snapshot | None:
@@ -138,25 +145,38 @@ class Conductor:
         for request in shot.plan.requests:
             try:
                 await self.queue.enqueue(request)
-                ENQUEUED.labels(request.kind).inc()
             except Conflict as error:
                 log.error("enqueue_refused", job_id=request.id, problem=error.detail)
 
-    async def _tell(self, plans: Mapping[str, Plan]) -> None:
-        counts = dict.fromkeys(RunStatus, 0)
-        for run, planned in plans.items():
-            status = shown_status(planned, active=run == self.active)
-            counts[status] += 1
+    async def _measure(self) -> None:
+        """What only a look at the queues and the disk tells."""
+        if time.monotonic() - self._measured_at < MEASURE_SECONDS:
+            return
+        for queue in sorted(set(QUEUES.values())):
+            depth = await self.queue.depth(queue)
+            JOBS_WAITING.labels(queue).set(depth.waiting)
+            JOBS_DELAYED.labels(queue).set(depth.delayed)
+            JOBS_OLDEST.labels(queue).set(depth.oldest_seconds)
+        await asyncio.to_thread(metrics.show_disk, self.snapshots.runbook.store)
+        self._measured_at = time.monotonic()
+
+    async def _tell(self, shots: Mapping[str, Snapshot]) -> None:
+        statuses = {run: shown_status(shot.plan, active=run == self.active) for run, shot in shots.items()}
+        for run, status in statuses.items():
+            planned = shots[run].plan
             before = self._statuses.get(run)
             if before is not status:
                 data = {"status": status.value, "before": before.value if before else None}
                 if planned.problem is not None:
                     data["problem"] = planned.problem.detail
-                await self.events.publish(run, "run.status", data)
+                await tell_change(self.events, run, "run.status", data)
                 log.info("run_status", run=run, **data)
             self._statuses[run] = status
-        for status, count in counts.items():
-            RUNS.labels(status.value).set(count)
+        metrics.show_runs(
+            statuses,
+            {run: shot.decided for run, shot in shots.items()},
+            {run: shot.control.iterations for run, shot in shots.items()},
+        )
 
     async def _hold_lease(self) -> bool:
         """Whether this process is the one that conducts. A second one waits, ready to take over."""

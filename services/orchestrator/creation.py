@@ -20,6 +20,11 @@ from services.orchestrator.runbook import Runbook
 from services.platform.store import ArtifactStore
 from services.platform.tables import to_parquet
 
+TAKEN_NAMES = {
+    "models": "the store's folder of models",
+    layout.ALL_RUNS: "the name of the events of all runs",
+}
+"""Ids no run may have. A run `models` would have policies of version `models/iter-1`, as a model named iter-1."""
 LIBRARIES = ("ratchet-rlhf", "fastapi", "pydantic", "pyarrow", "redis")
 
 
@@ -34,8 +39,10 @@ def create_run(runbook: Runbook, request: RunRequest) -> tuple[RunRecord, bool]:
     """
     recipe, store = request.recipe, runbook.store
     run = request.id or f"{recipe.name[:60]}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-    if run == "models":  # its policies would be versions `models/iter-1`, as of a model that is named iter-1
-        raise InvalidInput("a run cannot be called 'models', which is the store's folder of models", field="id")
+    if run in TAKEN_NAMES:
+        raise InvalidInput(
+            f"a run cannot be called {run!r}, which is {TAKEN_NAMES[run]}; choose another id", field="id"
+        )
     if store.exists(layout.run_file(run)):
         known = runbook.record(run)
         if known.recipe != recipe:

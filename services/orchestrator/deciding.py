@@ -15,6 +15,7 @@ from services.orchestrator import stages
 from services.orchestrator.clock import now_iso
 from services.orchestrator.gate import judge, paired_test
 from services.orchestrator.measures import Evaluation, covered_seconds, deviation, mean, paired, win_rate
+from services.orchestrator.metrics import ROLLBACKS, count_decision
 from services.orchestrator.pairing import PairingResult, read_pairing
 from services.orchestrator.stages import StageJob
 from services.orchestrator.upstream import Upstream
@@ -59,6 +60,7 @@ class Deciding:
         assert job.policy is not None, "the planner names the policy"
         run = await asyncio.to_thread(self.store.read_model, layout.run_file(job.run), RunRecord)
         await self.upstream.serve_policy(context, job.policy, run.recipe, trial=False)
+        ROLLBACKS.inc()
         return {"version": layout.version_of(job.policy)}
 
     async def decide(self, context: JobContext) -> dict[str, Any]:
@@ -74,7 +76,8 @@ class Deciding:
             )
             winner = stages.policy_folder(run, job.iteration if record.decision != "rejected" else job.incumbent or 0)
             await self.upstream.serve_policy(context, winner, run.recipe, trial=False)
-            await asyncio.to_thread(self.store.publish_model, path, record)
+            if await asyncio.to_thread(self.store.publish_model, path, record):
+                count_decision(record)
         record = await asyncio.to_thread(self.store.read_model, path, IterationRecord)
         summary = {
             "iteration": record.iteration,
@@ -85,6 +88,7 @@ class Deciding:
             "reasons": list(record.reasons),
         }
         await self.events.publish(job.run, "iteration.decided", summary, job_id=context.job.id, kind=context.job.kind)
+        await self.events.publish(layout.ALL_RUNS, "iteration.decided", {"run": job.run, **summary})
         log.info("iteration_decided", run=job.run, iteration=record.iteration, decision=record.decision)
         return summary
 

@@ -1,15 +1,40 @@
-"""A topic's events as server-sent events: history first, then live, with keep-alive comments."""
+"""Events of runs: told on the run's topic and on that of all runs, and read as server-sent events."""
 
 from __future__ import annotations
 
 import asyncio
 from asyncio import FIRST_COMPLETED
 from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import StreamingResponse
 
 from services.contracts.jobs import Event
+from services.contracts.layout import ALL_RUNS
 from services.platform.jobs import EventStream
 
 KEEPALIVE = ": keep-alive\n\n"
+EVENT_STREAM: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {}}, "description": "`data` is an `Event` as JSON."}
+}
+"""The `responses` of a route that answers with `stream_events`."""
+
+
+async def tell_change(events: EventStream, run: str, type: str, data: dict[str, Any]) -> None:
+    """Publish a change of a run to who follows it, and, with the run's id, to who follows all runs."""
+    await events.publish(run, type, data)
+    await events.publish(ALL_RUNS, type, {"run": run, **data})
+
+
+def stream_events(
+    request: Request, events: EventStream, topic: str, after: str, keepalive_seconds: float
+) -> StreamingResponse:
+    """The answer of an event route; it ends when the service shuts down."""
+    lines = event_lines(
+        events, topic, after, stop=request.app.state.draining.event, keepalive_seconds=keepalive_seconds
+    )
+    return StreamingResponse(lines, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
 
 async def event_lines(

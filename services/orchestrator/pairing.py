@@ -15,14 +15,18 @@ from services.contracts.pairs import DropReason, Pair, PairRules
 from services.contracts.rollouts import Rollout, RolloutFailure
 from services.contracts.runs import RunRecord, Stage
 from services.contracts.scores import ScoreRow
-from services.orchestrator import stages
+from services.contracts.tracing import prompt_trace_id
+from services.orchestrator import metrics, stages
 from services.orchestrator.draws import derive_seed, draw_prompts
 from services.orchestrator.measures import SamplingMeasures, SamplingTally
 from services.orchestrator.pair_rules import pair_of
 from services.orchestrator.stages import StageJob
 from services.platform.jobs import JobContext
+from services.platform.logs import get_logger
 from services.platform.store import ArtifactStore
 from services.platform.tables import publish_rows, read_metadata, read_rows
+
+log = get_logger(__name__)
 
 
 class PairingResult(Contract):
@@ -55,7 +59,12 @@ class Pairing:
             pool = {prompt.id: prompt for prompt in read_rows(self.store, layout.pool_file(job.run), Prompt)}
             count, seed = run.recipe.sampling.prompts_per_iteration, run.recipe.seed
             drawn = draw_prompts(list(pool), count, job.iteration, seed)
-            publish_rows(self.store, path, [pool[id] for id in drawn], Prompt)
+            prompts = [
+                pool[id].model_copy(update={"trace_id": prompt_trace_id(job.run, job.iteration, id)}) for id in drawn
+            ]
+            publish_rows(self.store, path, prompts, Prompt)
+            for prompt in prompts:
+                log.info("prompt_drawn", prompt_id=prompt.id, trace_id=prompt.trace_id)
         return {"path": path}
 
     def _pair(self, context: JobContext, job: StageJob) -> dict[str, Any]:
@@ -65,7 +74,8 @@ class Pairing:
             pairs, result = build_pairs(self.store, run, job.iteration, context)
             if not pairs:
                 raise JobFailed(no_pairs(result, run.recipe.pairs))
-            publish_rows(self.store, path, pairs, Pair, {"result": result.model_dump_json()})
+            if publish_rows(self.store, path, pairs, Pair, {"result": result.model_dump_json()}):
+                metrics.count_pairs(result.pairs, result.dropped)
         return read_pairing(self.store, path).model_dump(mode="json")
 
 
@@ -95,6 +105,8 @@ def build_pairs(
         metadata = read_metadata(store.read_bytes(source))
         failures = [RolloutFailure.model_validate(item) for item in json.loads(metadata["failures"])]
         seen.update(failure.prompt_id for failure in failures)
+        for failure in failures:
+            _log_dropped(run.id, iteration, failure.prompt_id, DropReason.GENERATION_FAILED)
         dropped[DropReason.GENERATION_FAILED] += len(failures)
         rollouts = read_rows(store, source, Rollout)
         scores = {
@@ -109,9 +121,12 @@ def build_pairs(
             tally.add(rollout, scores[rollout.prompt_id])
             dropped += outcome.dropped
             if outcome.pair is not None:
-                pairs.append(outcome.pair)
+                trace_id = prompt_trace_id(run.id, iteration, rollout.prompt_id)
+                pairs.append(outcome.pair.model_copy(update={"trace_id": trace_id}))
+                log.info("pair_made", prompt_id=rollout.prompt_id, trace_id=trace_id, margin=outcome.pair.margin)
             if outcome.reason is not None:
                 dropped[outcome.reason] += 1
+                _log_dropped(run.id, iteration, rollout.prompt_id, outcome.reason)
         if context is not None:
             context.progress(items_done=sum(seen.values()), items_total=len(expected))
     if seen != Counter(expected):
@@ -126,6 +141,11 @@ def build_pairs(
         dropped={reason.value: count for reason, count in sorted(dropped.items()) if count},
     )  # fmt: skip
     return pairs, result
+
+
+def _log_dropped(run: str, iteration: int, prompt_id: str, reason: DropReason) -> None:
+    trace_id = prompt_trace_id(run, iteration, prompt_id)
+    log.info("prompt_dropped", prompt_id=prompt_id, trace_id=trace_id, reason=reason.value)
 
 
 def no_pairs(result: PairingResult, rules: PairRules) -> str:

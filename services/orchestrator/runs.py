@@ -9,8 +9,9 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from services.contracts import layout
-from services.contracts.errors import Conflict, ConnectionLost, InvalidInput, NotFound, Unavailable
+from services.contracts.errors import Conflict, ConnectionLost, InvalidInput, RatchetError, Unavailable
 from services.contracts.jobs import JobState
+from services.contracts.judgements import Judgement, Verdict
 from services.contracts.runs import (
     IterationsRequest,
     IterationView,
@@ -21,14 +22,19 @@ from services.contracts.runs import (
     RunRequest,
     RunStatus,
     RunView,
+    ShownIterations,
 )
 from services.orchestrator.clock import now_iso
 from services.orchestrator.conductor import Conductor, shown_status
 from services.orchestrator.creation import create_run
+from services.orchestrator.events import tell_change
 from services.orchestrator.settings import OrchestratorSettings
 from services.orchestrator.snapshots import Snapshot
-from services.orchestrator.views import iteration_view, run_view
+from services.orchestrator.views import DecidedViews, live_view, run_view
 from services.platform.jobs.outage import REDIS_ERRORS, server_of
+from services.platform.logs import get_logger
+
+log = get_logger(__name__)
 
 POLL_SECONDS = 0.1
 
@@ -43,6 +49,8 @@ class RunService:
         self.queue = conductor.queue
         self.settings = settings
         self._creating = asyncio.Lock()
+        self._decided = DecidedViews()
+        self._left_out: dict[str, str] = {}
 
     async def create(self, request: RunRequest) -> RunCreated:
         """Create a run and start it. Raises InvalidInput, Conflict."""
@@ -57,10 +65,25 @@ class RunService:
             shot = await self._take(record.id)
             return RunCreated(id=record.id, status=self._status(shot), warnings=record.warnings)
 
-    async def list(self) -> list[RunView]:
-        """All runs, newest first."""
+    async def list(self, iterations: ShownIterations = "all") -> list[RunView]:
+        """All runs, newest first. One that cannot be read is logged and left out, so that the others are seen."""
+        kept = {"all": slice(None), "latest": slice(-1, None), "none": slice(0)}[iterations]
         ids = await asyncio.to_thread(self._all)
-        return [await self.view(run) for run in reversed(ids)]
+        views = [await self._readable(run) for run in reversed(ids)]
+        return [view.model_copy(update={"iterations": view.iterations[kept]}) for view in views if view is not None]
+
+    async def _readable(self, run: str) -> RunView | None:
+        try:
+            view = await self.view(run)
+        except Unavailable:
+            raise  # Redis is away, for every run
+        except RatchetError as error:
+            if self._left_out.get(run) != error.detail:
+                log.error("run_unreadable", run=run, problem=error.detail)
+            self._left_out[run] = error.detail
+            return None
+        self._left_out.pop(run, None)
+        return view
 
     def _all(self) -> list[str]:
         self.runbook.refresh()
@@ -68,16 +91,24 @@ class RunService:
 
     async def view(self, run: str) -> RunView:
         """A run as it stands. Raises NotFound."""
-        return self._view(await self._take(run))
+        return await self._view(await self._take(run))
 
     async def iteration(self, run: str, iteration: int) -> IterationView:
         """One iteration. Raises NotFound when it has not been asked for."""
+        await asyncio.to_thread(self.runbook.check_asked, run, iteration)
         shot = await self._take(run)
-        if iteration > shot.control.iterations:
-            raise NotFound(
-                f"run {run} has iterations 0 to {shot.control.iterations}, not {iteration}", field="iteration"
-            )
-        return iteration_view(shot.record, iteration, shot.jobs, shot.decided.get(iteration), now=time.time())
+        if iteration in shot.decided:
+            return (await self._shown(shot))[iteration]
+        return live_view(shot.record, iteration, shot.jobs, now=time.time())
+
+    async def judge(self, run: str, iteration: int, judge: str, verdict: Verdict) -> Judgement:
+        """Record what a judge says of a decided iteration, once. Raises NotFound, InvalidInput, Conflict."""
+        judgement, new = await asyncio.to_thread(self.runbook.judge, run, iteration, judge, verdict)
+        if new:
+            data = {"iteration": iteration, "judge": judge, "win_rate": verdict.win_rate}
+            async with self._redis(f"tell of the judgement, which is recorded (run {run})"):
+                await tell_change(self.conductor.events, run, "run.judged", data)
+        return judgement
 
     async def add_iterations(self, run: str, request: IterationsRequest) -> RunView:
         """Trigger the next iterations."""
@@ -197,8 +228,12 @@ class RunService:
     async def check_events(self, run: str, after: str) -> None:
         """Before a stream is opened: the run exists, the event id is one, Redis answers. Raises what is wrong."""
         await asyncio.to_thread(self.runbook.record, run)
-        async with self._redis(f"read the events of run {run}"):
-            await self.conductor.events.read(run, after, count=1)
+        await self.check_stream(run, after)
+
+    async def check_stream(self, topic: str, after: str) -> None:
+        """Before a stream is opened: the event id is one, Redis answers. Raises what is wrong."""
+        async with self._redis(f"read the events of {topic}"):
+            await self.conductor.events.read(topic, after, count=1)
 
     def _write(self, run: str, change: Callable[[RunControl], RunControl]) -> None:
         self.runbook.record(run)
@@ -228,15 +263,19 @@ class RunService:
     async def _tell(self, run: str, event: str | None, data: dict[str, Any]) -> None:
         async with self._redis("tell of the change, which is written and takes effect when Redis is back"):
             if event is not None:
-                await self.conductor.events.publish(run, event, data)
+                await tell_change(self.conductor.events, run, event, data)
             await self.queue.nudge(run)
 
     def _status(self, shot: Snapshot) -> RunStatus:
         return shown_status(shot.plan, active=shot.record.id == self.conductor.active)
 
-    def _view(self, shot: Snapshot) -> RunView:
+    async def _shown(self, shot: Snapshot) -> dict[int, IterationView]:
+        judgements = await asyncio.to_thread(self.runbook.judgements, shot.record.id)
+        return self._decided.of(shot.record, shot.decided, judgements)
+
+    async def _view(self, shot: Snapshot) -> RunView:
         return run_view(
-            shot.record, shot.control, shot.plan, shot.decided, shot.jobs,
+            shot.record, shot.control, shot.plan, shot.decided, shot.jobs, shown=await self._shown(shot),
             queued=shot.record.id != self.conductor.active, now=time.time(),
         )  # fmt: skip
 

@@ -15,6 +15,7 @@ from services.contracts.errors import PolicyMismatch, RatchetError, Unavailable,
 from services.contracts.problems import Problem
 from services.contracts.rollouts import Rollout, RolloutFailure, RolloutLine, RolloutRequest, Sampling, SamplingGroup
 from services.contracts.runs import RunRecord
+from services.contracts.tracing import prompt_trace_id
 from services.orchestrator.draws import derive_seed
 from services.orchestrator.stages import StageJob
 from services.orchestrator.upstream import Upstream
@@ -86,13 +87,20 @@ class Sampler:
             return await asyncio.to_thread(published_chunk, self.store, output)
         assert job.policy is not None, "the planner names the policy of every generating job"
         prompts = await asyncio.to_thread(read_rows, self.store, source, Prompt)
-        prompts = prompts[job.chunk * chunk_size : (job.chunk + 1) * chunk_size]
+        prompts = [
+            prompt.model_copy(update={"trace_id": prompt_trace_id(job.run, job.iteration, prompt.id)})
+            for prompt in prompts[job.chunk * chunk_size : (job.chunk + 1) * chunk_size]
+        ]
         version = layout.version_of(job.policy)
         trial = evaluation and job.iteration > 0
         context.progress(items_done=0, items_total=len(prompts), tokens=0, policy_version=version)
         chunk = _Chunk()
         await self._ask_until_answered(context, chunk, prompts, job.policy, run, sampling, seed, trial)
-        rows = [chunk.rollouts[prompt.id] for prompt in prompts if prompt.id in chunk.rollouts]
+        rows = [
+            chunk.rollouts[prompt.id].model_copy(update={"trace_id": prompt.trace_id})
+            for prompt in prompts
+            if prompt.id in chunk.rollouts
+        ]
         failures = [
             RolloutFailure(prompt_id=prompt.id, problem=chunk.failures[prompt.id]).model_dump(
                 mode="json", exclude_none=True
@@ -145,7 +153,7 @@ class Sampler:
         self, context: JobContext, chunk: _Chunk, request: RolloutRequest, total: int
     ) -> RatchetError | None:
         """Read one stream into the chunk; returns the last passing failure of a prompt, if any."""
-        asked = {prompt.id for prompt in request.prompts}
+        asked = {prompt.id: prompt.trace_id for prompt in request.prompts}
         passing: RatchetError | None = None
         silence = self.upstream.settings.rollout_silence_seconds
         async with self.upstream.generator.stream(
@@ -157,7 +165,7 @@ class Sampler:
                 line = RolloutLine.model_validate_json(text)
                 if line.rollout is not None:
                     check_rollout(line.rollout, request)
-                    asked.discard(line.rollout.prompt_id)
+                    asked.pop(line.rollout.prompt_id, None)
                     chunk.rollouts[line.rollout.prompt_id] = line.rollout
                     chunk.tokens += sum(len(answer.token_ids) for answer in line.rollout.responses)
                 elif line.failure is not None:
@@ -169,7 +177,10 @@ class Sampler:
                     if problem.status in PASSING_STATUSES or problem.code == MISMATCH:
                         passing = Unavailable(f"prompt {line.failure.prompt_id}: {problem.detail}")
                     else:
-                        log.warning("prompt_failed", prompt_id=line.failure.prompt_id, problem=problem.detail)
+                        log.warning(
+                            "prompt_failed", prompt_id=line.failure.prompt_id,
+                            trace_id=asked[line.failure.prompt_id], problem=problem.detail,
+                        )  # fmt: skip
                         chunk.failures[line.failure.prompt_id] = problem
                 context.progress(
                     items_done=len(chunk.rollouts) + len(chunk.failures), items_total=total, tokens=chunk.tokens,

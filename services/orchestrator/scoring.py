@@ -101,6 +101,7 @@ class Scoring:
                     messages=row.messages,
                     responses=tuple(response.text for response in row.responses),
                     allow_empty=True,  # what the policy sampled is judged as it is; pairing drops and counts it
+                    trace_id=row.trace_id,
                 )
                 for row in batch
             ),

@@ -12,12 +12,23 @@ class OrchestratorSettings(ServiceSettings):
 
     generator_url: str = Field(default="http://127.0.0.1:8001", description="The generator's gateway.")
     reward_url: str = Field(default="http://127.0.0.1:8002")
+    trainer_url: str | None = Field(
+        default=None, description="The trainer's API, for GET /v1/services only: its jobs come from the queue."
+    )
+
+    dashboard: bool = Field(default=True, description="Serve the dashboard at /ui/.")
 
     sweep_seconds: float = Field(
         default=30.0, gt=0.0, description="Plan again at least this often; bounds a lost message."
     )
     redis_seconds: float = Field(default=5.0, gt=0.0, description="Deadline of a request's calls to Redis; then 503.")
     store_seconds: float = Field(default=10.0, gt=0.0, description="Deadline of the store's readiness probe.")
+    health_seconds: float = Field(
+        default=3.0, gt=0.0, description="Deadline of each service asked by GET /v1/services; then it is unreachable."
+    )
+    health_age_seconds: float = Field(
+        default=1.0, ge=0.0, description="Services that were asked less long ago are not asked again."
+    )
     lease_seconds: float = Field(default=10.0, gt=0.0, description="A dead conductor's place is taken after this long.")
     stuck_seconds: float = Field(
         default=180.0, gt=0.0, description="Not alive when the conductor has not planned for so long."

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from services.contracts.jobs import Job, JobState
+from services.contracts.judgements import Judgement
 from services.contracts.runs import (
     IterationRecord,
     IterationView,
@@ -30,19 +31,21 @@ def run_view(
     decided: Mapping[int, IterationRecord],
     jobs: Mapping[str, Job],
     *,
+    shown: Mapping[int, IterationView],
     queued: bool,
     now: float,
 ) -> RunView:
     """A run with all its iterations, the current one live.
 
     Args:
+        shown: The decided iterations as `decided_view` shows them.
         queued: Another run has the generator.
         now: Seconds since the epoch.
     """
     status = RunStatus.QUEUED if queued and plan.status is RunStatus.RUNNING else plan.status
-    shown = [iteration_view(record, t, {}, decided[t], now=now) for t in sorted(decided)]
+    iterations = [shown[t] for t in sorted(decided)]
     if plan.iteration is not None and plan.iteration not in decided:
-        shown.append(iteration_view(record, plan.iteration, jobs, None, now=now))
+        iterations.append(live_view(record, plan.iteration, jobs, now=now))
     incumbent = plan.incumbent
     if incumbent is None and decided:
         promoted = [t for t, known in decided.items() if known.decision == "promoted"]
@@ -55,27 +58,48 @@ def run_view(
         iterations_asked=control.iterations,
         iterations_decided=plan.decided,
         incumbent=None if incumbent is None else stages.policy_version(record, incumbent),
-        iterations=tuple(shown),
+        iterations=tuple(iterations),
         problem=plan.problem,
         skipped_lines=record.skipped_lines,
         warnings=record.warnings,
     )
 
 
-def iteration_view(
-    record: RunRecord, iteration: int, jobs: Mapping[str, Job], decided: IterationRecord | None, *, now: float
-) -> IterationView:
-    """One iteration: its stages live from the jobs, or from the record once it is decided."""
+def decided_view(record: RunRecord, decided: IterationRecord, judgements: tuple[Judgement, ...] = ()) -> IterationView:
+    """An iteration once it is decided, from its record alone."""
+    counts = {stage: _jobs_of(record, stage) for stage in stages.stages_of(decided.iteration)}
+    shown = tuple(_finished(record, stage, count, decided) for stage, count in counts.items() if count)
+    return IterationView(iteration=decided.iteration, stages=shown, record=decided, judgements=judgements)
+
+
+class DecidedViews:
+    """The decided iterations of all runs as they are shown; made once, for a record does not change."""
+
+    def __init__(self) -> None:
+        self._views: dict[str, dict[int, IterationView]] = {}
+
+    def of(
+        self,
+        record: RunRecord,
+        decided: Mapping[int, IterationRecord],
+        judgements: Mapping[int, tuple[Judgement, ...]],
+    ) -> dict[int, IterationView]:
+        """By iteration, with the judgements there are now."""
+        views = self._views.setdefault(record.id, {})
+        for iteration, known in decided.items():
+            given = judgements.get(iteration, ())
+            if iteration not in views or views[iteration].judgements != given:
+                views[iteration] = decided_view(record, known, given)
+        return dict(views)
+
+
+def live_view(record: RunRecord, iteration: int, jobs: Mapping[str, Job], *, now: float) -> IterationView:
+    """An iteration that is not decided: its stages from the jobs."""
     shown: list[StageView] = []
     for stage in stages.stages_of(iteration):
-        ids = stages.stage_ids(record, iteration, stage)
-        if not ids:
-            continue  # nothing to import
-        if decided is not None:
-            shown.append(_finished(record, stage, len(ids), decided))
-        else:
+        if ids := stages.stage_ids(record, iteration, stage):  # else there is nothing to import
             shown.append(stage_view(record, stage, [jobs.get(id) for id in ids], now=now))
-    return IterationView(iteration=iteration, stages=tuple(shown), record=decided)
+    return IterationView(iteration=iteration, stages=tuple(shown))
 
 
 def stage_view(record: RunRecord, stage: Stage, jobs: Sequence[Job | None], *, now: float) -> StageView:
@@ -124,6 +148,10 @@ def _finished(record: RunRecord, stage: Stage, total: int, decided: IterationRec
         tokens_per_second=decided.metrics.sampled_tokens_per_second if stage is Stage.SAMPLE else None,
         seconds=decided.seconds_by_stage.get(stage.value),
     )
+
+
+def _jobs_of(record: RunRecord, stage: Stage) -> int:
+    return len(stages.chunks_of(record, stage)) if stage in stages.CHUNKED else 1
 
 
 def _whole(record: RunRecord, stage: Stage) -> int:

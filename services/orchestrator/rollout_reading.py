@@ -1,29 +1,16 @@
-"""Pairs and rollouts to read, a page at a time. Blocks on I/O: call it in a thread."""
+"""Rollouts to read, a page at a time. Blocks on I/O: call it in a thread."""
 
 from __future__ import annotations
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from services.contracts import layout
-from services.contracts.errors import NotFound
-from services.contracts.pairs import Pair
 from services.contracts.rollouts import Rollout
-from services.contracts.runs import PairPage, RolloutPage, RunRecord, ScoredRollout, Stage
+from services.contracts.runs import RolloutPage, RunRecord, ScoredRollout, Stage
 from services.contracts.scores import ScoreRow
 from services.orchestrator import stages
 from services.platform.store import ArtifactStore
 from services.platform.tables import read_rows
-
-
-def pair_page(store: ArtifactStore, run: str, iteration: int, offset: int, limit: int) -> PairPage:
-    """Pairs `offset` to `offset + limit` of an iteration. Raises NotFound before the pairs are made."""
-    path = layout.pairs_file(run, iteration)
-    if not store.exists(path):
-        raise NotFound(f"iteration {iteration} of run {run} has no pairs (yet)", field="iteration")
-    table: pa.Table = pq.ParquetFile(store.local_file(path)).read()  # pyright: ignore[reportUnknownMemberType]
-    rows = tuple(Pair.model_validate(row) for row in table.slice(offset, limit).to_pylist())
-    return PairPage(total=table.num_rows, offset=offset, rows=rows)
 
 
 def rollout_page(
