@@ -1,6 +1,6 @@
 """Build the tiny world's files: an untrained base model with its tokenizer, and the data sets of every stage.
 
-    python -m examples.tiny_world.build --out DIR --seed 0
+    python -m examples.tiny_world.build --out DIR --seed 0 [--small]
 
 The same seed writes the same bytes.
 """
@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from examples.tiny_world.files import BuiltWorld
 from examples.tiny_world.judge import GoldJudge
+from examples.tiny_world.settings import TinyWorldSettings
 from examples.tiny_world.world import Question, World, WorldSettings, evasion
 
 BOS, EOS, PAD, USER, ASSISTANT = "<|bos|>", "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"
@@ -223,8 +224,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Build the tiny world's base model and data sets.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write into")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--small", action="store_true", help="the sizes of recipe-small.toml")
     arguments = parser.parse_args()
-    for name, path in asdict(build(arguments.out, arguments.seed)).items():
+    sizes = TinyWorldSettings.read(arguments.seed, small=arguments.small).build
+    settings = BuildSettings(seed=arguments.seed, world=WorldSettings(seed=arguments.seed), **sizes)
+    for name, path in asdict(build(arguments.out, settings=settings)).items():
         print(f"{name}: {path}")
 
 

@@ -23,7 +23,7 @@ TRAFFIC_INTERVAL_SECONDS = 1.5
 """Often enough to meet every swap, seldom enough not to slow the loop."""
 
 
-class _Background:
+class Background:
     """A thread that does something at intervals between enter and exit."""
 
     interval = 1.0
@@ -51,7 +51,7 @@ class _Background:
         self._thread.join(60)
 
 
-class MemorySampler(_Background):
+class MemorySampler(Background):
     """Largest sum of the proportional set sizes (PSS) of all processes of the stack and of the demo itself, bytes."""
 
     interval = MEMORY_INTERVAL_SECONDS
@@ -71,7 +71,7 @@ class MemorySampler(_Background):
         self.peak_bytes = max(self.peak_bytes, total)
 
 
-class OutsideTraffic(_Background):
+class OutsideTraffic(Background):
     """A user who keeps chatting with the policy while it is trained and swapped. Counts what fails: nothing may."""
 
     interval = TRAFFIC_INTERVAL_SECONDS

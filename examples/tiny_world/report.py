@@ -64,12 +64,12 @@ class Traffic:
 
 @dataclass(frozen=True)
 class DemoReport:
-    """Everything the demo found out."""
+    """Everything the demo found out. Memory and vLLM starts are None on a stack that somebody else started."""
 
     seed: int
     seconds: float
-    peak_memory_bytes: int
-    vllm_starts: int
+    peak_memory_bytes: int | None
+    vllm_starts: int | None
     swap_seconds: tuple[float, ...]
     heldout_prompts: int
     setup_seconds: dict[str, float]
@@ -94,6 +94,13 @@ def read_json(path: Path) -> DemoReport:
     data["traffic"] = Traffic(**{**traffic, "versions_seen": tuple(traffic["versions_seen"])})
     data["swap_seconds"] = tuple(data["swap_seconds"])
     return DemoReport(**data)
+
+
+def headline(report: DemoReport) -> str:
+    """What happened, in a few words; by the judge, not by hope."""
+    promoted = [it.gold_utility for it in report.iterations if it.decision == "promoted"]
+    better = bool(promoted) and promoted[-1] > report.iterations[0].gold_utility
+    return "A policy that gets better" if better else "A policy that did not get better"
 
 
 HEADERS = ("", "decision", "proxy", "gold utility", "gold win rate vs SFT", "tokens", "KL")
@@ -132,12 +139,13 @@ def _percent(it: IterationReport) -> str:
 
 def facts(report: DemoReport) -> list[str]:
     """What else was measured, a sentence each."""
-    told = [
-        f"{report.seconds:.0f} seconds in all; "
-        f"at most {report.peak_memory_bytes / MIB:,.0f} MiB of memory for all processes together",
-        f"{report.vllm_starts} vLLM process from start to end; {len(report.swap_seconds)} swaps, "
-        f"the slowest {max(report.swap_seconds, default=0.0):.2f} s",
-    ]
+    told = [f"{report.seconds:.0f} seconds in all"]
+    if report.peak_memory_bytes is not None:
+        told[0] += f"; at most {report.peak_memory_bytes / MIB:,.0f} MiB of memory for all processes together"
+    if report.vllm_starts is not None:
+        told.append(f"{report.vllm_starts} vLLM process from start to end")
+    if report.swap_seconds:
+        told.append(f"{len(report.swap_seconds)} swaps, the slowest {max(report.swap_seconds):.2f} s")
     if report.traffic.requests:
         told.append(
             f"{report.traffic.requests} chat requests from outside during the loop, {report.traffic.failed} failed; "
@@ -152,7 +160,7 @@ def facts(report: DemoReport) -> list[str]:
 
 def print_report(report: DemoReport, console: Console) -> None:
     """Table, curves and answers for a terminal."""
-    table = Table(title="A policy that gets better", title_style="bold", header_style="bold", box=SIMPLE_HEAD)
+    table = Table(title=headline(report), title_style="bold", header_style="bold", box=SIMPLE_HEAD)
     for index, name in enumerate(HEADERS):
         table.add_column(name, justify="right" if index >= 2 else "left", overflow="fold")
     for row, it in zip(rows(report), report.iterations, strict=True):
@@ -244,7 +252,7 @@ figure {{ margin: 1.5rem 0; padding: .5rem; border-radius: .5rem; }} figure svg 
 .example q {{ quotes: none; }} .tag {{ display: inline-block; width: 4.2rem; font-weight: 600; }}
 .after .tag {{ color: var(--good); }} .before .tag {{ color: var(--bad); }} .mark {{ opacity: .65; font-size: .85em; }}
 </style></head><body>
-<h1>A policy that gets better</h1>
+<h1>{headline}</h1>
 <p class="sub">Online iterative RLHF in a tiny world: SFT, a reward model from noisy labels, {count} iterations of DPO.
 Seed {seed}. The gold judge knows the truth; the loop never saw it.</p>
 <div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
@@ -285,6 +293,7 @@ def write_html(report: DemoReport, path: Path) -> None:
         for tag, row in [("th", header), *(("td", row) for row in cells)]
     )
     page = PAGE.format(
+        headline=headline(report),
         count=len(report.iterations) - 1,
         seed=report.seed,
         head="".join(f'<th class="{"n" if i >= 2 else ""}">{html.escape(h)}</th>' for i, h in enumerate(HEADERS)),
