@@ -31,6 +31,7 @@ GIB = 1 << 30
 EXTENSION = "services.generator.worker_extension.PolicyWorkerExtension"
 SLEEP_FLAG = "--enable-sleep-mode"
 """`vllm_server` takes it away where vLLM knows no sleep mode and would refuse to start."""
+LOOPBACK_ONLY = {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 LAUNCHER = Path(__file__).with_name("launcher.py")
 
 
@@ -82,6 +83,9 @@ def engine_environment(settings: GeneratorSettings) -> dict[str, str]:
         VLLM_CPU_OMP_THREADS_BIND="nobind",  # binding takes core 0 of every replica and every container
     )
     environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
+    # The sockets by which vLLM's ranks find each other ask for no password, and would listen on the network's address.
+    for name, value in LOOPBACK_ONLY.items():
+        environment.setdefault(name, value)
     if settings.generator_single_process:
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     return environment

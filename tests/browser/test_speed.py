@@ -22,7 +22,7 @@ RENDER_MILLISECONDS = 1000.0
 SLOW_MACHINE = float(os.environ.get("RATCHET_SLOW_MACHINE", "3"))
 """Two shared cores run the browser, the server and whatever else; 1 asks for the second itself."""
 LOADS = 5
-EVENTS = int(os.environ.get("RATCHET_MEMORY_EVENTS", "6000"))
+EVENTS = int(os.environ.get("RATCHET_MEMORY_EVENTS", "4000"))
 """An hour of a run is about 7,200 refreshes at most; the refreshes here come 25 times as fast."""
 BATCH = 500
 SAMPLING = {"prompts_per_iteration": 500, "chunk_size": 100, "max_tokens": 64, "groups": [{"n": 4, "temperature": 1.0}]}

@@ -152,7 +152,7 @@ def test_vllm_listens_on_its_container_s_loopback_only(stack: ComposeStack, reci
                 host, port = local.split(":")
                 listening.add((host, int(port, 16)))
     outside = {(host, port) for host, port in listening if not host.endswith("7F")}  # 127.x, little-endian
-    assert {port for _, port in outside} == {8001}
+    assert {port for _, port in outside} == {8001}, "neither vLLM's API nor the sockets of its ranks"
     engine = {port for host, port in listening if host == "0100007F"}  # 127.0.0.11 is Docker's resolver
     assert engine, "vLLM is not there, and this test would show nothing"
     ip = stack.inspect("generator")["NetworkSettings"]["Networks"][f"{stack.project}_edge"]["IPAddress"]

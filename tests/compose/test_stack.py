@@ -81,10 +81,11 @@ def test_redis_refuses_whoever_has_no_password(stack: ComposeStack) -> None:
     assert "NOAUTH" in stack.run_python("inner", code).stdout
 
 
-def test_redis_has_no_way_out(stack: ComposeStack) -> None:
-    routes = stack.exec("redis", "cat", "/proc/net/route").splitlines()[1:]
-    assert routes
-    assert "00000000" not in {line.split()[1] for line in routes}, "there is a default route"
+def test_redis_has_no_way_out_of_its_network(stack: ComposeStack) -> None:
+    outside = CONNECT.format(host=address(stack, "reward", "edge"), port=8002)
+    assert stack.run_python("edge", outside).returncode == 0
+    assert stack.inspect("redis")["NetworkSettings"]["Networks"].keys() == {f"{stack.project}_inner"}
+    assert stack.run_python("inner", outside).returncode != 0
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,11 @@ from typing import Any
 import pytest
 import transformers
 
-from examples.tiny_world import build as builder
 from examples.tiny_world.build import BuildSettings, build
 from examples.tiny_world.files import BuiltWorld
 from examples.tiny_world.judge import GoldJudge, win_rate
+from examples.tiny_world.settings import TinyWorldSettings
+from examples.tiny_world.training import Models
 from examples.tiny_world.world import (
     ATTRIBUTES,
     POLITE_WORDS,
@@ -29,7 +29,6 @@ from examples.tiny_world.world import (
     words,
 )
 from services.contracts.recipes import Recipe
-from services.contracts.training import RewardModelConfig, SftConfig
 
 SMALL = BuildSettings(
     seed=3, hidden_size=32, layers=1, attention_heads=1, intermediate_size=32, sft_samples=1500, preference_pairs=300,
@@ -269,20 +268,32 @@ def test_asking_for_more_prompts_than_the_world_has_is_refused(tmp_path: Path) -
         build(tmp_path, settings=replace(SMALL, loop_prompts=100_000))
 
 
-def demo_recipe() -> dict[str, Any]:
-    return tomllib.loads((Path(builder.__file__).parent / "recipe.toml").read_text(encoding="utf-8"))
-
-
-def test_the_demo_s_settings_are_valid_to_the_last_key() -> None:
-    settings = demo_recipe()
-    assert set(settings) == {"environment", "sft", "reward_model", "run"}
-    SftConfig.model_validate(settings["sft"])
-    RewardModelConfig.model_validate(settings["reward_model"])
+@pytest.mark.parametrize("small", [False, True])
+def test_the_settings_are_valid_to_the_last_key(small: bool) -> None:
+    settings = TinyWorldSettings.read(5, small=small)
+    assert settings.sft.seed == settings.reward_model.seed == 5
     files = {"prompts": {"path": "datasets/p.jsonl"}, "heldout": {"path": "datasets/h.jsonl"}}
-    Recipe.model_validate({**settings["run"], **files, "policy": "models/sft", "reward_model": "models/rm"})
+    Recipe.model_validate({**settings.run, **files, "policy": "models/sft", "reward_model": "models/rm"})
 
 
-def test_the_demo_leaves_fresh_prompts_for_every_iteration() -> None:
-    run = demo_recipe()["run"]
-    assert 3 * run["sampling"]["prompts_per_iteration"] <= BuildSettings().loop_prompts
-    assert run["evaluation"]["max_prompts"] <= BuildSettings().held_out_prompts
+@pytest.mark.parametrize("small", [False, True])
+def test_the_settings_leave_fresh_prompts_for_every_iteration(small: bool) -> None:
+    settings = TinyWorldSettings.read(small=small)
+    sizes = BuildSettings(**settings.build)
+    assert 3 * settings.run["sampling"]["prompts_per_iteration"] <= sizes.loop_prompts
+    assert settings.run["evaluation"]["max_prompts"] <= sizes.held_out_prompts
+
+
+def test_models_are_named_by_what_they_are_made_from(tmp_path: Path) -> None:
+    world = BuiltWorld.under(tmp_path)
+    world.base.mkdir()
+    for path in (world.base / "config.json", world.sft, world.preferences):
+        path.write_text("{}")
+    settings = TinyWorldSettings.read()
+    first = Models.of(world, settings)
+    watched = replace(settings, sft=settings.sft.model_copy(update={"report_to": ("tensorboard",)}))
+    assert Models.of(world, watched) == first, "who watches a training makes no other model"
+    world.preferences.write_text("{ }")
+    second = Models.of(world, settings)
+    assert (second.base, second.sft) == (first.base, first.sft)
+    assert second.reward_model != first.reward_model

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from fastapi import Body, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, RedirectResponse
@@ -29,6 +29,9 @@ from services.orchestrator.runs import RunService
 from services.orchestrator.settings import OrchestratorSettings
 from services.platform.service import problem_of
 from services.platform.store import ArtifactStore
+
+if TYPE_CHECKING:
+    from nicegui import Client
 
 PATH = "/ui"
 ASSETS = Path(__file__).parent / "assets"
@@ -62,6 +65,7 @@ class Dashboard:
     store: ArtifactStore
     app: FastAPI
     sessions: Sessions
+    pages: set[Client] = field(default_factory=set["Client"])
 
     @property
     def runs(self) -> RunService:
@@ -91,11 +95,15 @@ class Dashboard:
         finally:
             self.feeds.close()
             self.health.close()
+            # A page that comes back to another orchestrator of this process must not find its old self there.
+            for client in self.pages.copy():
+                client.delete()
 
 
 def mount_dashboard(app: FastAPI, settings: OrchestratorSettings, store: ArtifactStore) -> None:
     """Serve the dashboard under `/ui/`, and lead there from `/`."""
     dashboard = Dashboard(settings, store, app, Sessions(settings.token))
+    app.state.dashboard = dashboard
     shell = _shell()
     app.mount(PATH, _Mounted(shell, dashboard))
     app.add_api_route("/", lambda: RedirectResponse(f"{PATH}/"), include_in_schema=False)

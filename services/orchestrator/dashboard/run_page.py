@@ -42,15 +42,17 @@ class _Chart:
     def __init__(self, curve: Curve) -> None:
         with ui.element("section").classes("card chart-card").props(f'data-curve="{curve.id}"') as self.card:
             self._key = html(panels.key(curve))
-            self._options: dict[str, Any] = dict(curve.options)
-            self._chart = ui.echart(self._options).classes("chart")
+            self._drawn = curve.options
+            self._chart = ui.echart(curve.options).classes("chart")
 
     def update(self, curve: Curve) -> None:
         """Show what is new, if anything is."""
         show(self._key, panels.key(curve))
-        if self._options != curve.options:
-            self._options.clear()
-            self._options.update(curve.options)
+        if self._drawn != curve.options:
+            self._drawn = curve.options
+            options: dict[str, Any] = self._chart.options  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+            options.clear()
+            options.update(curve.options)
             self._chart.update()
 
 

@@ -30,6 +30,8 @@ class Viewer:
     def __init__(self, request: Request) -> None:
         self.dashboard: Dashboard = dashboard_of(request)
         self.client: Client = ui.context.client
+        self.dashboard.pages.add(self.client)
+        self.client.on_delete(lambda: self.dashboard.pages.discard(self.client))  # pyright: ignore[reportUnknownMemberType]
         self.theme = request.cookies.get("ratchet_theme", "auto")
         self._session = Sessions.of(request.cookies)
         self.stale: Callable[[RatchetError | None], None] = lambda _: None
