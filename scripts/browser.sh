@@ -27,7 +27,9 @@ fi
 if command -v apt-get >/dev/null && [[ ${as_root[0]-} != false ]]; then
   echo "browser: installing chromium with apt-get" >&2
   export DEBIAN_FRONTEND=noninteractive
-  { "${as_root[@]}" apt-get update -qq && "${as_root[@]}" apt-get install -y -qq --no-install-recommends chromium; } >&2 ||
+  options=(-qq -o Acquire::Retries=3 -o DPkg::Lock::Timeout=300)
+  { "${as_root[@]}" apt-get "${options[@]}" update &&
+    "${as_root[@]}" apt-get "${options[@]}" install -y --no-install-recommends chromium; } >&2 ||
     echo "browser: apt-get failed (its reason is above)" >&2
   if find_browser; then exit 0; fi
 fi

@@ -33,6 +33,5 @@
     document.cookie = `ratchet_theme=${theme}; path=/ui; max-age=31536000; SameSite=Lax`;
     document.documentElement.dataset.theme = theme;
   };
-  // A page that was asleep or cut off while the orchestrator was restarted loads itself again once it answers.
   window.ratchetScrollTo = (selector) => document.querySelector(selector)?.scrollIntoView({ block: "nearest" });
 })();
