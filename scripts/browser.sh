@@ -28,17 +28,17 @@ if command -v apt-get >/dev/null && [[ ${as_root[0]-} != false ]]; then
   echo "browser: installing chromium with apt-get" >&2
   export DEBIAN_FRONTEND=noninteractive
   options=(-qq -o Acquire::Retries=3 -o DPkg::Lock::Timeout=300)
-  { "${as_root[@]}" apt-get "${options[@]}" update &&
-    "${as_root[@]}" apt-get "${options[@]}" install -y --no-install-recommends chromium; } >&2 ||
+  { ${as_root[@]+"${as_root[@]}"} apt-get "${options[@]}" update &&
+    ${as_root[@]+"${as_root[@]}"} apt-get "${options[@]}" install -y --no-install-recommends chromium; } >&2 ||
     echo "browser: apt-get failed (its reason is above)" >&2
   if find_browser; then exit 0; fi
 fi
 
-cat >&2 <<'END'
-browser: there is no Chromium or Chrome on PATH, and it cannot be installed from here. One of these provides it:
-         apt-get install chromium        (Debian)
-         apt-get install chromium-browser (Ubuntu)
-         dnf install chromium            (Fedora)
-         RATCHET_BROWSER=/path/to/chromium make test-browser
-END
+# Not with cat: where nothing is on PATH, it is not either.
+printf '%s\n' >&2 \
+  'browser: there is no Chromium or Chrome on PATH, and it cannot be installed from here. One of these provides it:' \
+  '         apt-get install chromium        (Debian)' \
+  '         apt-get install chromium-browser (Ubuntu)' \
+  '         dnf install chromium            (Fedora)' \
+  '         RATCHET_BROWSER=/path/to/chromium make test-browser'
 exit 1

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # Writes .env for docker compose: `make env`. What is there already stays as it is; only what is missing is added.
+# Another file: RATCHET_ENV_FILE=prod.env make env, then docker compose --env-file prod.env ...
 #
 #   scripts/compose-env.sh          secrets, made here
 #   scripts/compose-env.sh gpu      the NVIDIA GPUs too, once a container has been seen to reach them (make env GPU=1)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-file=.env
+file=${RATCHET_ENV_FILE:-.env}
 umask 077 # the file is for its owner only
 with_gpus=
-case ${1:-} in gpu) with_gpus=1 ;; "") ;; *) sed -n '2,6p' "$0" >&2; exit 2 ;; esac
+case ${1:-} in gpu) with_gpus=1 ;; "") ;; *) sed -n '2,7p' "$0" >&2; exit 2 ;; esac
 
 fail() {
   printf 'make env: %s\n' "$1" >&2
@@ -40,6 +41,8 @@ elif [[ -n $with_gpus ]]; then
   reward=$((count > 1 ? 1 : 0)) trainer=$((count > 2 ? 2 : count - 1))
   additions+=("RATCHET_GPUS=$count" "RATCHET_GENERATOR_GPUS=0" "RATCHET_REWARD_GPUS=$reward" "RATCHET_TRAINER_GPUS=$trainer")
 fi
+# A file that is not .env names itself, so that containers are given what compose reads with --env-file.
+[[ $file == .env ]] || has RATCHET_ENV_FILE || additions+=("RATCHET_ENV_FILE=$file")
 has RATCHET_TOKEN || additions+=("RATCHET_TOKEN=$(secret)")
 has RATCHET_REDIS_PASSWORD || additions+=("RATCHET_REDIS_PASSWORD=$(secret)")
 
@@ -54,6 +57,7 @@ else
 fi
 chmod 600 "$file"
 files="docker compose"
+[[ $file == .env ]] || files+=" --env-file $file"
 if has RATCHET_GPUS && [[ -n $with_gpus ]]; then
   files+=" -f docker-compose.yml -f compose.gpu.yml"
   [[ $(sed -n 's/^RATCHET_GPUS=//p' "$file") != 1 ]] || files+=" -f compose.single-gpu.yml"

@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None, console: Console = output.out) -> i
     except KeyboardInterrupt:
         return 130
     print_report(report, console)
-    save(report, options.folder, console)
+    save(report, options.folder, options.run_id, console)
     return 0
 
 
@@ -109,14 +109,17 @@ def check(connection: Connection) -> None:
     connection.require_token("playing the tiny world")
 
 
-def save(report: DemoReport, folder: Path, console: Console) -> None:
-    """Write the report, as a page too where matplotlib is installed, and say where."""
+def save(report: DemoReport, folder: Path, run_id: str, console: Console) -> None:
+    """Write the report, as a page too where matplotlib is installed; say where, and where the run itself is seen."""
     write_json(report, folder / "report.json")
     said = f"The figures: {folder / 'report.json'}"
     if importlib.util.find_spec("matplotlib") is not None:
         write_html(report, folder / "report.html")
         said = f"The page: {folder / 'report.html'}   {said}"
-    console.print(f"\n{said}", soft_wrap=True)
+    console.print(
+        f"\n{said}\nThe run, pair by pair: {run_id} in the orchestrator's dashboard, or 'ratchet show {run_id}'",
+        soft_wrap=True,
+    )
 
 
 def _positive(text: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -73,11 +72,6 @@ def observe(record: ProcessRecord, program: ProgramState | None, died: tuple[Dea
 def _ask_redis(record: ProcessRecord) -> tuple[State, str, None]:
     problem = ping_redis(record.url or "")
     return ("ready", "answers PING", None) if problem is None else ("starting", problem, None)
-
-
-def without_password(url: str) -> str:
-    """A URL as it may be shown: `redis://:secret@host:6379/0` becomes `redis://***@host:6379/0`."""
-    return re.sub(r"//.*@", "//***@", url)
 
 
 def ping_redis(url: str) -> str | None:

@@ -31,7 +31,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from ratchet.local import processes as system
-from ratchet.local.health import ProcessStatus, observe, ping_redis, without_password
+from ratchet.local.health import ProcessStatus, observe, ping_redis
 from ratchet.local.processes import STACK_ID_VARIABLE, ProcessUsage
 from ratchet.local.records import REDIS, ProcessRecord, StackFolder, StackRecord
 from ratchet.local.settings import StackSettings, service_root
@@ -48,6 +48,7 @@ from ratchet.local.supervision import (
     last_lines,
 )  # fmt: skip
 from services.contracts.errors import Conflict, DeadlineExceeded, JobFailed, NotFound, Unavailable
+from services.platform.urls import without_password
 
 if TYPE_CHECKING:
     from ratchet.client import RatchetClient

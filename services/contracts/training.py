@@ -38,8 +38,9 @@ class TrainingConfig(Contract):
     seed: int | None = Field(default=None, ge=0, lt=2**31, description="Default: the recipe's seed in a run, else 0.")
     report_to: tuple[Tracker, ...] = Field(
         default=(),
-        description="Trackers that get the training curves, each set up by its own environment variables on the "
-        "trainer. Not part of a job's identity: a job that exists keeps the trackers it was first sent with.",
+        description="Trackers that get the training curves, each installed at the trainer and set up by its own "
+        "environment variables there; one that is not installed is refused at once. Not part of a job's identity: a "
+        "job that exists keeps the trackers it was first sent with.",
     )
 
     @field_validator("report_to")

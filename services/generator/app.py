@@ -98,8 +98,9 @@ def create_app(settings: GeneratorSettings, start: StartEngine = start_engine) -
         return policy.unready()
 
     app = create_service(
-        "generator", title="Ratchet generator", version="1", lifespan=lifespan, live=watcher.dead, ready=ready
-    )
+        "generator", title="Ratchet generator", version="1", lifespan=lifespan, live=watcher.dead, ready=ready,
+        token=settings.token,
+    )  # fmt: skip
     app.state.policy = policy
     app.state.more_metrics.append(EngineMetrics(policy))
     control = [Depends(require_token(settings.token))]

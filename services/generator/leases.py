@@ -32,6 +32,8 @@ class Lease:
         self.engine: Literal["draining", "asleep", "idle", "absent"] = "draining"
         self.given_up = False
         """The holder gave it back before it was granted."""
+        self.answered = False
+        """The holder was told of it, so it gives it back."""
 
 
 class Leases:

@@ -38,10 +38,12 @@ class Turns:
         """Give the device to this holder, or renew its lease. Returns once vLLM has given it up.
 
         Args:
-            gone: Whether the asker went away; it then gets no lease, which nobody would give back.
+            gone: Whether the asker went away; it then gets no lease, which nobody would give back. One that was made
+                for it meanwhile ends, unless the same holder has asked again and has got it.
 
         Raises:
-            Conflict: this generator does not share its device, or the lease was given back before it was granted.
+            Conflict: this generator does not share its device, the asker went away, or the lease was given back before
+                it was granted.
             DeviceLeased: somebody else holds it.
             Unavailable: rollouts, or a change of the policy, took too long; ask again.
         """
@@ -52,8 +54,11 @@ class Turns:
             )
         policy, leases = self._policy, self._leases
         deadline = asyncio.get_running_loop().time() + self._settings.generator_put_wait_seconds
+        ours: Lease | None = None
         while True:
             if await gone():
+                if ours is not None and leases.held is ours and not ours.answered:
+                    self._give_up(ours)
                 raise Conflict("whoever asked for the device went away")
             leases.check(request)
             if policy.changing:
@@ -64,11 +69,12 @@ class Turns:
                     )
             elif (lease := leases.held) is not None:
                 lease.until = asyncio.get_running_loop().time() + request.seconds
+                lease.answered = True
                 view = leases.view()
                 assert view is not None
                 return view
             else:
-                lease = leases.take(request)
+                lease = ours = leases.take(request)
                 change = policy.begin(self._fall_asleep(lease, request.seconds))
                 if await policy.settled(deadline):
                     change.result()
@@ -84,10 +90,7 @@ class Turns:
         leases = self._leases
         leases.check_holder(holder)
         if (lease := leases.held) is not None:
-            if lease.engine == "draining":
-                lease.given_up = True
-            else:
-                self._end(lease, "released")
+            self._give_up(lease)
         return self._policy.info()
 
     async def close(self) -> None:
@@ -95,6 +98,12 @@ class Turns:
         if self._expiry is not None:
             self._expiry.cancel()
             await asyncio.gather(self._expiry, return_exceptions=True)
+
+    def _give_up(self, lease: Lease) -> None:
+        if lease.engine == "draining":
+            lease.given_up = True
+        else:
+            self._end(lease, "released")
 
     # --- falling asleep
 

@@ -61,8 +61,10 @@ def create_app(
         )
         reward_client = ServiceClient("reward", settings.reward_url, settings.token, retry=False, transport=reward)
         clients = [generator_client, reward_client]
+        trainer_client = None
         if settings.trainer_url is not None:
-            clients.append(ServiceClient("trainer", settings.trainer_url, retry=False, transport=trainer))
+            trainer_client = ServiceClient("trainer", settings.trainer_url, retry=False, transport=trainer)
+            clients.append(trainer_client)
         redis = await connect(settings.redis_url)
         jobs = job_settings or JobSettings()
         queue, events = JobQueue(redis, jobs), EventStream(redis, jobs)
@@ -80,7 +82,7 @@ def create_app(
             handlers=handlers(store, upstream, queue, events),
             name=f"orchestrator-{socket.gethostname()}-{os.getpid()}",
         )
-        app.state.runs = RunService(conductor, settings)
+        app.state.runs = RunService(conductor, settings, trainer_client)
         app.state.service_health = ServiceHealthChecks(settings, clients, redis, store, live)
         app.state.worker, app.state.conductor, app.state.redis = worker, conductor, redis
         stop = asyncio.Event()
@@ -130,8 +132,9 @@ def create_app(
         return None
 
     app = create_service(
-        "orchestrator", title="Ratchet orchestrator", version=VERSION, lifespan=lifespan, live=live, ready=ready
-    )
+        "orchestrator", title="Ratchet orchestrator", version=VERSION, lifespan=lifespan, live=live, ready=ready,
+        token=settings.token,
+    )  # fmt: skip
 
     async def on_redis(request: Request, error: Exception) -> Response:
         problem = Unavailable(

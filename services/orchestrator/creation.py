@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import platform
 import secrets
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 
 from services.contracts import layout
 from services.contracts.conversations import Prompt
-from services.contracts.errors import Conflict, InvalidInput
+from services.contracts.errors import Conflict, InvalidInput, RatchetError
 from services.contracts.recipes import Recipe, ResolvedModels
 from services.contracts.runs import RunControl, RunRecord, RunRequest
+from services.contracts.trackers import InstalledTrackers, check_trackers
 from services.orchestrator.clock import now_iso
 from services.orchestrator.datasets import read_source
 from services.orchestrator.models import resolve_models
 from services.orchestrator.runbook import Runbook
+from services.platform.http import ServiceClient
 from services.platform.store import ArtifactStore
 from services.platform.tables import to_parquet
+from services.platform.urls import without_password
 
 TAKEN_NAMES = {
     "models": "the store's folder of models",
@@ -28,10 +33,13 @@ TAKEN_NAMES = {
 LIBRARIES = ("ratchet-rlhf", "fastapi", "pydantic", "pyarrow", "redis")
 
 
-def create_run(runbook: Runbook, request: RunRequest) -> tuple[RunRecord, bool]:
+def create_run(runbook: Runbook, request: RunRequest, told: Sequence[str] = ()) -> tuple[RunRecord, bool]:
     """Create a run, or find it: the same id with the same recipe is one run. Returns whether it is new.
 
     `run.json` is written last; without it the run does not exist.
+
+    Args:
+        told: Warnings that the run begins with.
 
     Raises:
         InvalidInput: the recipe names something that is not there or cannot be used; the field says what.
@@ -52,7 +60,7 @@ def create_run(runbook: Runbook, request: RunRequest) -> tuple[RunRecord, bool]:
     _check_lengths(recipe, models, store)
     pool = read_source(store, recipe.prompts, "recipe.prompts")
     heldout = read_source(store, recipe.heldout, "recipe.heldout")
-    warnings: list[str] = []
+    warnings = list(told)
     kept_heldout = _unique(heldout.rows, "held-out", warnings)[: recipe.evaluation.max_prompts]
     kept_pool = _without(_unique(pool.rows, "training", warnings), kept_heldout, warnings)
     _check_sizes(recipe, len(kept_pool), len(kept_heldout), warnings)
@@ -70,6 +78,42 @@ def create_run(runbook: Runbook, request: RunRequest) -> tuple[RunRecord, bool]:
     store.publish_model(layout.run_file(run), record)
     runbook.write_control(run, RunControl(iterations=recipe.iterations))
     return runbook.record(run), True
+
+
+async def check_report_to(
+    runbook: Runbook, request: RunRequest, trainer: ServiceClient | None, seconds: float
+) -> tuple[str, ...]:
+    """A tracker the trainer does not have is told now, not after an iteration was sampled and scored.
+
+    A run that exists is no business of it: creating it again finds it.
+
+    Args:
+        trainer: Its client, when its URL is known.
+        seconds: Deadline of its answer.
+
+    Returns:
+        A warning when the trainer cannot be asked: it may be up by the time it has to train.
+
+    Raises:
+        InvalidInput: naming the trackers and how the trainer gets them.
+    """
+    names, field = request.recipe.dpo.report_to, "recipe.dpo.report_to"
+    if not names or (request.id and await asyncio.to_thread(runbook.store.exists, layout.run_file(request.id))):
+        return ()
+    if trainer is None:
+        why = "RATCHET_TRAINER_URL is not set at the orchestrator"
+    else:
+        try:
+            async with asyncio.timeout(seconds):
+                answer = await trainer.call("GET", "/v1/trackers", answer=InstalledTrackers, timeout_seconds=seconds)
+        except TimeoutError:
+            why = f"the trainer at {without_password(trainer.base_url)} did not answer within {seconds:g} s"
+        except RatchetError as error:
+            why = error.detail
+        else:
+            check_trackers(names, answer.trackers, field)
+            return ()
+    return (f"{field} names {', '.join(names)}, and whether the trainer has them is not known: {why}",)
 
 
 def _check_lengths(recipe: Recipe, models: ResolvedModels, store: ArtifactStore) -> None:

@@ -10,14 +10,14 @@ from collections.abc import AsyncIterable
 from typing import Any, Literal
 
 from services.contracts.conversations import Prompt
-from services.contracts.errors import InvalidInput, NotFound, TooLarge
+from services.contracts.errors import InvalidInput, NotFound, StoreError, TooLarge
 from services.contracts.recipes import PromptSource
 from services.contracts.runs import DatasetInfo
 from services.orchestrator.prompts import Format, Reading, read_objects, read_prompts
 from services.platform.store import ArtifactStore
 
 SPOOL_BYTES = 4 * 1024 * 1024
-"""Smaller uploads stay in memory."""
+"""Smaller uploads stay in memory; larger ones are a file without a name, on the disk of a local store."""
 DATASET = re.compile(r"datasets/[A-Za-z0-9][A-Za-z0-9._-]*\.(jsonl|parquet)")
 SHOWN_SKIPPED = 100
 OnError = Literal["refuse", "skip"]
@@ -34,8 +34,13 @@ async def receive_dataset(
     Raises:
         TooLarge: more than `max_bytes`; told as soon as they have come.
         InvalidInput: a broken line, by its number; an empty file.
+        StoreError: the store cannot be written.
     """
-    with tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES) as spool:
+    try:
+        folder = await asyncio.to_thread(store.work_folder, "uploads")
+    except OSError as error:
+        raise StoreError(f"the artifact store {store.url} cannot be written: {error.strerror or error}") from error
+    with tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES, dir=str(folder)) as spool:
         size, digest = 0, hashlib.sha256()
         async for piece in body:
             size += len(piece)

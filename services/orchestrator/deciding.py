@@ -59,9 +59,12 @@ class Deciding:
         job = StageJob.model_validate(context.job.payload)
         assert job.policy is not None, "the planner names the policy"
         run = await asyncio.to_thread(self.store.read_model, layout.run_file(job.run), RunRecord)
+        version = layout.version_of(job.policy)
+        before = await self.upstream.policy(context)
         await self.upstream.serve_policy(context, job.policy, run.recipe, trial=False)
-        ROLLBACKS.inc()
-        return {"version": layout.version_of(job.policy)}
+        if before.version != version:  # else an earlier attempt at this job, which could not tell, has done it
+            ROLLBACKS.inc()
+        return {"version": version}
 
     async def decide(self, context: JobContext) -> dict[str, Any]:
         """Judge the candidate, serve the winner, and publish the iteration's record."""

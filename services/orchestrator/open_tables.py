@@ -41,8 +41,8 @@ class OpenTable:
     """An open file.
 
     Parquet cannot be read from the middle, so a file that is asked for again is decoded into a memory map, in the
-    background; until that is there, columns and rows are decoded as they are asked for. The map's pages are not on the
-    heap: the system takes them back when it must.
+    background; until that is there, columns and rows are decoded as they are asked for. The map's pages are on disk and
+    not on the heap: the system takes them back when it must.
     """
 
     key: FileKey
@@ -61,7 +61,7 @@ class OpenTable:
 
     @property
     def disk_bytes(self) -> int:
-        """Temporary disk its map takes; about that much while it is being written."""
+        """Disk its map takes; about that much while it is being written."""
         return self.encoded_bytes if self.map is None else self.map.nbytes
 
     def columns(self, names: Sequence[str]) -> Table:
@@ -92,7 +92,7 @@ class OpenTables:
     """The files that were opened last.
 
     Args:
-        max_bytes: Temporary disk that all of them may take together; the one in use is kept whatever its size.
+        max_bytes: Disk that their maps may take together; the one in use is kept whatever its size.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -110,7 +110,7 @@ class OpenTables:
             if key not in self._open:
                 self._open[key] = _opened(key, file, path)
             elif self._open[key].mapping is None:
-                self._open[key].mapping = self._mapper.submit(_mapped, file, path)
+                self._open[key].mapping = self._mapper.submit(_mapped, store, file, path)
             self._open.move_to_end(key)
             while len(self._open) > 1 and sum(one.disk_bytes for one in self._open.values()) > self._max_bytes:
                 _, dropped = self._open.popitem(last=False)
@@ -141,18 +141,22 @@ def read_columns(file: Path, path: str, names: Sequence[str] | None) -> Table:
         raise StoreError(f"{path} is not a readable Parquet file: {error}") from error
 
 
-def _mapped(file: Path, path: str) -> Table:
-    """The file as an uncompressed Arrow file, mapped; its name is removed at once, so that nothing is left behind."""
+def _mapped(store: ArtifactStore, file: Path, path: str) -> Table:
+    """The file as an uncompressed Arrow file, mapped. It never has a name, so that nothing is left behind.
+
+    It lies on the disk of a local store, else in the temporary folder: that one may be main memory, as in a container.
+    """
     try:
         parquet = _parquet(file)
-        with tempfile.NamedTemporaryFile(prefix="ratchet-table-", suffix=".arrow") as temporary:
-            with pa.OSFile(temporary.name, "wb") as out, pa.ipc.new_file(out, parquet.schema_arrow) as writer:
+        with tempfile.TemporaryFile(dir=store.work_folder("tables")) as temporary:
+            name = f"/proc/self/fd/{temporary.fileno()}"
+            with pa.OSFile(name, "wb") as out, pa.ipc.new_file(out, parquet.schema_arrow) as writer:
                 for batch in parquet.iter_batches(batch_size=BATCH_ROWS):
                     writer.write_batch(batch)
-            return pa.ipc.open_file(pa.memory_map(temporary.name)).read_all()
+            return pa.ipc.open_file(pa.memory_map(name)).read_all()
     except Exception as error:
         log.warning(
-            "table_not_mapped", path=path, folder=tempfile.gettempdir(), error=f"{type(error).__name__}: {error}",
+            "table_not_mapped", path=path, store=store.url, error=f"{type(error).__name__}: {error}",
             effect="each page decodes the file again",
         )  # fmt: skip
         raise

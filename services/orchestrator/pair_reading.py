@@ -26,7 +26,7 @@ from services.orchestrator.open_tables import FileKey, OpenTable, OpenTables, re
 from services.platform.store import ArtifactStore
 
 MAX_TABLE_BYTES = 1 << 29
-"""Temporary disk for opened pair files; 20,000 pairs of a chat model are about 120 MB."""
+"""Disk (of a local store) for opened pair files; 20,000 pairs of a chat model are about 120 MB."""
 MAX_FINDINGS = 64
 """Queries whose row numbers are remembered, so that turning a page compares nothing; 160 kB for 20,000 pairs."""
 MAX_PLACES = 8

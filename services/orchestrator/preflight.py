@@ -19,8 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+from pydantic import SecretStr
 
 from services.contracts.errors import StoreError
+from services.platform.identity import is_proven, new_nonce
 from services.platform.settings import MIN_TOKEN_CHARACTERS, known_variables
 from services.platform.store_format import check_format, is_empty
 
@@ -45,29 +47,46 @@ STACK_VARIABLES = {
     ),
 }  # fmt: skip
 """Variables that docker-compose.yml sets itself, so that the same in .env would do nothing; and what to do instead."""
+ENV_FILE = "RATCHET_ENV_FILE"
+SECRETS = ("RATCHET_TOKEN", "RATCHET_REDIS_PASSWORD")
+INTERPOLATED = {name: name.replace("RATCHET_", "RATCHET_COMPOSE_") for name in (ENV_FILE, *SECRETS)}
+"""Names under which the compose file hands on what compose itself read (.env, --env-file, the shell).
+
+Under its own name a variable is what the env file of the containers says."""
+OBSERVED = "RATCHET_COMPOSE_OBSERVABILITY"
+"""Set by deploy/compose.observability.yml: its ports are to be published too."""
 COMPOSE_VARIABLES = frozenset(
     {"RATCHET_TOKEN", "RATCHET_REDIS_PASSWORD", "RATCHET_BIND", "RATCHET_ORCHESTRATOR_PORT", "RATCHET_GENERATOR_PORT",
      "RATCHET_REWARD_PORT", "RATCHET_STORE", "RATCHET_UID", "RATCHET_GID", "RATCHET_TAG", "RATCHET_ENV_FILE",
-     "RATCHET_GPUS", "RATCHET_GENERATOR_GPUS", "RATCHET_REWARD_GPUS", "RATCHET_TRAINER_GPUS"}
+     "RATCHET_GPUS", "RATCHET_GENERATOR_GPUS", "RATCHET_REWARD_GPUS", "RATCHET_TRAINER_GPUS", "RATCHET_TRACKERS",
+     "RATCHET_GRAFANA_PORT", "RATCHET_PROMETHEUS_PORT", "RATCHET_PROMETHEUS_RETENTION"}
 )  # fmt: skip
 """Variables that the compose files themselves read."""
 
 
 @dataclass(frozen=True)
 class PublishedPort:
-    """A port of the host that a service is to be published on, and a route on which a wrong token is told."""
+    """A port of the host that a service is to be published on, and how the one of this stack is known.
+
+    Ours prove that they know the token; of a program that cannot, `route` answers with JSON that has `shows` in it.
+    """
 
     service: str
     variable: str
-    method: str
-    route: str
+    route: str = ""
+    shows: str = ""
 
 
 PORTS = (
-    PublishedPort("orchestrator", "RATCHET_ORCHESTRATOR_PORT", "POST", "/v1/runs"),
-    PublishedPort("generator", "RATCHET_GENERATOR_PORT", "PUT", "/v1/policy"),
-    PublishedPort("reward", "RATCHET_REWARD_PORT", "PUT", "/v1/scorers/preflight"),
+    PublishedPort("orchestrator", "RATCHET_ORCHESTRATOR_PORT"),
+    PublishedPort("generator", "RATCHET_GENERATOR_PORT"),
+    PublishedPort("reward", "RATCHET_REWARD_PORT"),
 )
+OBSERVABILITY_PORTS = (
+    PublishedPort("Grafana", "RATCHET_GRAFANA_PORT", "/api/dashboards/uid/ratchet", '"uid":"ratchet"'),
+    PublishedPort("Prometheus", "RATCHET_PROMETHEUS_PORT", "/api/v1/rules", '"name":"NobodyConducts"'),
+)
+"""Known by a dashboard and an alert of ours. Another stack has them too; then Docker says that the port is taken."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +102,7 @@ class Volume:
 def check_settings(environment: Mapping[str, str]) -> list[str]:
     """Problems of the variables in .env: those that nothing reads, or that the stack sets itself."""
     problems: list[str] = []
-    known = known_variables() | COMPOSE_VARIABLES
+    known = known_variables() | COMPOSE_VARIABLES | set(INTERPOLATED.values()) | {OBSERVED}
     for name, value in environment.items():
         if not name.startswith("RATCHET_") or IMAGE_VARIABLES.get(name) == value:
             continue
@@ -106,12 +125,30 @@ def check_settings(environment: Mapping[str, str]) -> list[str]:
     return problems
 
 
+def check_env_file(environment: Mapping[str, str]) -> list[str]:
+    """Problems of another env file than .env: compose has to be told of it, and it has to name itself."""
+    file = environment.get(INTERPOLATED[ENV_FILE], ".env")
+    remedy = (
+        f"To use another file than .env, let it name itself (a line {ENV_FILE}=NAME in it, as "
+        f"'{ENV_FILE}=NAME make env' writes it), and give it to every command: docker compose --env-file NAME ..."
+    )
+    named = environment.get(ENV_FILE, ".env")
+    if named != file:
+        return [f"containers are given the settings of {file}, in which {ENV_FILE} is {named}. {remedy}"]
+    return [
+        f"{name} in {file}, whose settings containers are given, is another than the one that compose has read from "
+        f".env, from --env-file or from the shell. {remedy}"
+        for name in SECRETS
+        if name in environment and environment[name] != environment.get(INTERPOLATED[name], environment[name])
+    ]
+
+
 def check_ports(environment: Mapping[str, str], starting_seconds: float = STARTING_SECONDS) -> list[str]:
     """Problems of the host's ports that the stack is to publish."""
-    host, token = environment["RATCHET_BIND"], environment["RATCHET_TOKEN"]
+    host, token = environment["RATCHET_BIND"], SecretStr(environment["RATCHET_TOKEN"])
     seen: dict[str, str] = {}
     problems: list[str] = []
-    for port in PORTS:
+    for port in (*PORTS, *(OBSERVABILITY_PORTS if OBSERVED in environment else ())):
         text = environment[port.variable]
         if not re.fullmatch(r"\d{1,5}", text) or not 1 <= int(text) <= 65535:
             problems.append(f"{port.variable}={text} is not a port; 1 to 65535 are")
@@ -137,17 +174,20 @@ def _bind(host: str, port: int) -> str | None:
     return None
 
 
-def _is_ours(host: str, port: int, published: PublishedPort, token: str, starting_seconds: float) -> bool:
-    """Whether this stack's own service holds the port: it takes our token, and then finds fault with an empty body."""
+def _is_ours(host: str, port: int, published: PublishedPort, token: SecretStr, starting_seconds: float) -> bool:
+    """Whether this stack's own service holds the port. Whoever it is, the token is not sent to it."""
+    nonce = new_nonce()
+    route = published.route or f"/health/identity?nonce={nonce}"
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     deadline = time.monotonic() + starting_seconds
     while True:
         try:
-            answer = httpx.request(
-                published.method, f"http://{shown}:{port}{published.route}", json={},
-                headers={"Authorization": f"Bearer {token}"}, timeout=ANSWER_SECONDS, trust_env=False,
-            )  # fmt: skip
-            return answer.status_code == 422
+            answer = httpx.get(f"http://{shown}:{port}{route}", timeout=ANSWER_SECONDS, trust_env=False)
+            if answer.status_code != 200:
+                return False
+            if published.shows:
+                return published.shows in "".join(answer.text.split())
+            return is_proven(token, published.service, nonce, answer.content)
         except httpx.ConnectError:
             return False
         except httpx.HTTPError:  # taken, and then hung up on: a container whose service does not listen yet
@@ -195,8 +235,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Checks settings, ports and volumes before a stack starts.")
     parser.add_argument("--adopt", action="store_true", help="mark a store without a format number as of this version")
     options = parser.parse_args(arguments)
-    environment = os.environ
-    problems = check_settings(environment)
+    composed = {name: os.environ[own] for name, own in INTERPOLATED.items() if own in os.environ}
+    environment = {**os.environ, **composed}
+    problems = check_env_file(os.environ) or check_settings(environment)
     if not problems:
         uid, gid = int(environment["RATCHET_UID"]), int(environment["RATCHET_GID"])
         volumes = (

@@ -26,11 +26,12 @@ from services.contracts.runs import (
 )
 from services.orchestrator.clock import now_iso
 from services.orchestrator.conductor import Conductor, shown_status
-from services.orchestrator.creation import create_run
+from services.orchestrator.creation import check_report_to, create_run
 from services.orchestrator.events import tell_change
 from services.orchestrator.settings import OrchestratorSettings
 from services.orchestrator.snapshots import Snapshot
 from services.orchestrator.views import DecidedViews, live_view, run_view
+from services.platform.http import ServiceClient
 from services.platform.jobs.outage import REDIS_ERRORS, server_of
 from services.platform.logs import get_logger
 
@@ -42,12 +43,15 @@ POLL_SECONDS = 0.1
 class RunService:
     """Creates, shows and controls runs."""
 
-    def __init__(self, conductor: Conductor, settings: OrchestratorSettings) -> None:
+    def __init__(
+        self, conductor: Conductor, settings: OrchestratorSettings, trainer: ServiceClient | None = None
+    ) -> None:
         self.conductor = conductor
         self.snapshots = conductor.snapshots
         self.runbook = conductor.snapshots.runbook
         self.queue = conductor.queue
         self.settings = settings
+        self._trainer = trainer
         self._creating = asyncio.Lock()
         self._decided = DecidedViews()
         self._left_out: dict[str, str] = {}
@@ -57,8 +61,9 @@ class RunService:
         once = request.id is None
         if once:
             await self._reach("create a run")
+        told = await check_report_to(self.runbook, request, self._trainer, self.settings.health_seconds)
         async with self._creating:
-            record, new = await asyncio.to_thread(create_run, self.runbook, request)
+            record, new = await asyncio.to_thread(create_run, self.runbook, request, told)
         data = {"iterations": record.recipe.iterations, "warnings": list(record.warnings)}
         async with self._written(f"run {record.id} is created", once=once):
             await self._tell(record.id, "run.created" if new else None, data)
@@ -69,10 +74,11 @@ class RunService:
         """All runs, newest first. One that cannot be read is logged and left out, so that the others are seen."""
         kept = {"all": slice(None), "latest": slice(-1, None), "none": slice(0)}[iterations]
         ids = await asyncio.to_thread(self._all)
-        views = [await self._readable(run) for run in reversed(ids)]
+        views = [await self.readable(run) for run in reversed(ids)]
         return [view.model_copy(update={"iterations": view.iterations[kept]}) for view in views if view is not None]
 
-    async def _readable(self, run: str) -> RunView | None:
+    async def readable(self, run: str) -> RunView | None:
+        """A run as it stands; None, and logged once, when it cannot be read. Raises Unavailable."""
         try:
             view = await self.view(run)
         except Unavailable:

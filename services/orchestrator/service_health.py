@@ -20,6 +20,7 @@ from services.orchestrator.settings import OrchestratorSettings
 from services.platform.http import ServiceClient
 from services.platform.logs import get_logger
 from services.platform.store import ArtifactStore
+from services.platform.urls import without_password
 
 log = get_logger(__name__)
 
@@ -137,12 +138,6 @@ async def _ready(client: ServiceClient) -> _Found:
     except (ValueError, KeyError, TypeError):
         detail = f"GET /health/ready answered {answer.status_code}: {answer.text[:200].strip()}"
     return _Found(detail)
-
-
-def without_password(url: str) -> str:
-    """A URL without user and password. A plain folder stays as it is."""
-    scheme, separator, rest = url.partition("://")
-    return f"{scheme}://{rest.rpartition('@')[2]}" if separator else url
 
 
 def _without_url(text: str, url: str) -> str:

@@ -13,7 +13,9 @@ class OrchestratorSettings(ServiceSettings):
     generator_url: str = Field(default="http://127.0.0.1:8001", description="The generator's gateway.")
     reward_url: str = Field(default="http://127.0.0.1:8002")
     trainer_url: str | None = Field(
-        default=None, description="The trainer's API, for GET /v1/services only: its jobs come from the queue."
+        default=None,
+        description="The trainer's API, for GET /v1/services and for the trackers a new run may report to: its jobs "
+        "come from the queue.",
     )
 
     dashboard: bool = Field(default=True, description="Serve the dashboard at /ui/.")
@@ -24,7 +26,10 @@ class OrchestratorSettings(ServiceSettings):
     redis_seconds: float = Field(default=5.0, gt=0.0, description="Deadline of a request's calls to Redis; then 503.")
     store_seconds: float = Field(default=10.0, gt=0.0, description="Deadline of the store's readiness probe.")
     health_seconds: float = Field(
-        default=3.0, gt=0.0, description="Deadline of each service asked by GET /v1/services; then it is unreachable."
+        default=3.0,
+        gt=0.0,
+        description="Deadline of each service asked by GET /v1/services; then it is unreachable. Also of the trainer, "
+        "when POST /v1/runs asks for its trackers.",
     )
     health_age_seconds: float = Field(
         default=1.0, ge=0.0, description="Services that were asked less long ago are not asked again."

@@ -60,6 +60,10 @@ class Upstream:
                     context.progress(waiting=None)
                 return answer
 
+    async def policy(self, context: JobContext) -> PolicyInfo:
+        """What the generator serves."""
+        return await self.patiently(context, lambda: self.generator.call("GET", "/v1/policy", answer=PolicyInfo))
+
     async def serve_policy(self, context: JobContext, folder: str, recipe: Recipe, *, trial: bool) -> PolicyInfo:
         """Make the generator serve exactly this checkpoint; a no-op when it does. A cold start takes minutes.
 

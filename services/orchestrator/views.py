@@ -216,8 +216,9 @@ def _detail(jobs: Sequence[Job]) -> str | None:
         if waiting := progress.get("waiting"):
             return str(waiting)
         figures = [f"{name} {float(progress[name]):.4g}" for name in FIGURES if progress.get(name) is not None]
-        if figures:
-            return ", ".join(figures)
+        warning = progress.get("warning")
+        if warning or figures:
+            return "; ".join(part for part in (", ".join(figures), str(warning or "")) if part)
         if phase := progress.get("phase"):
             return str(phase)
     return None

@@ -12,12 +12,13 @@ import http.client
 import json
 import os
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
 
 PROBE_SECONDS = 4.0
-"""Below the HEALTHCHECK's own limit (5 s), so that a hang is told and not just counted."""
+"""Of all questions together; below the HEALTHCHECK's own limit (5 s), so that a hang is told and not just counted."""
 
 MODEL_ROUTES: Mapping[str, str] = {"generator": "/v1/policy", "reward": "/v1/scorers"}
 """Where a service that is not ready tells whether it has been given a model at all."""
@@ -46,14 +47,15 @@ def waiting_for(service: str, model: object) -> str | None:
 
 def check(url: str) -> tuple[bool, str]:
     """Whether the service at `url` is up, and why."""
+    deadline = time.monotonic() + PROBE_SECONDS
     try:
-        status, body = _get(f"{url}/health/ready")
+        status, body = _get(f"{url}/health/ready", deadline)
         if status == 200:
             return True, "ready"
         told: dict[str, object] = body if isinstance(body, dict) else {}  # pyright: ignore[reportUnknownVariableType]
         service, detail = str(told.get("service")), str(told.get("detail") or f"/health/ready answered {status}")
         if service in MODEL_ROUTES:
-            model = _get(f"{url}{MODEL_ROUTES[service]}")[1]
+            model = _get(f"{url}{MODEL_ROUTES[service]}", deadline)[1]
             if waits := waiting_for(service, model):
                 return True, waits
             if service == "generator" and isinstance(model, dict) and model.get("state") in GENERATOR_WORKS:  # pyright: ignore[reportUnknownMemberType]
@@ -63,10 +65,13 @@ def check(url: str) -> tuple[bool, str]:
         return False, f"{url} does not answer: {error}"
 
 
-def _get(url: str) -> tuple[int, object]:
+def _get(url: str, deadline: float) -> tuple[int, object]:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError(f"not within {PROBE_SECONDS:g} s")
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(url, timeout=PROBE_SECONDS) as answer:
+        with opener.open(url, timeout=left) as answer:
             return answer.status, json.load(answer)
     except urllib.error.HTTPError as answer:
         with answer:

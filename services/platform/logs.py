@@ -13,6 +13,18 @@ import structlog
 QUIET_LOGGERS = ("httpx", "httpcore", "uvicorn.access", "stamina", "urllib3", "filelock")
 """One line per poll of theirs would bury ours."""
 
+CONNECTIONS = "uvicorn.error"
+"""uvicorn tells here, and not in its access log, of each WebSocket, with its whole address."""
+
+
+def _without_queries(record: logging.LogRecord) -> bool:
+    """Cut the queries off the addresses in a record: they hold what names a page or a client."""
+    if isinstance(record.args, tuple):
+        record.args = tuple(
+            part.partition("?")[0] if isinstance(part, str) and part.startswith("/") else part for part in record.args
+        )
+    return True
+
 
 def configure_logging(service: str, *, level: str = "info", fmt: Literal["json", "console"] = "json") -> None:
     """Send every log line, ours and the libraries', to stdout as one JSON object (or readable text)."""
@@ -45,6 +57,11 @@ def configure_logging(service: str, *, level: str = "info", fmt: Literal["json",
     root.setLevel(level.upper())
     for name in QUIET_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
+    connections = logging.getLogger(CONNECTIONS)
+    # Its debug lines hold the headers of every connection, and so the cookies.
+    connections.setLevel(max(logging.INFO, root.level))
+    if _without_queries not in connections.filters:
+        connections.addFilter(_without_queries)
     structlog.contextvars.clear_contextvars()
     structlog.contextvars.bind_contextvars(service=service)
 

@@ -8,20 +8,21 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
-from typing import Any
+from typing import Annotated, Any
 
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.contracts.errors import RatchetError
 from services.contracts.problems import PROBLEM_MEDIA_TYPE, FieldError, Problem
 from services.platform import metrics
+from services.platform.identity import NONCE_PATTERN, ServiceIdentity, prove
 from services.platform.logs import configure_logging, get_logger
 from services.platform.processes import die_with_parent
 from services.platform.settings import ServiceSettings
@@ -57,6 +58,7 @@ def create_service(
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,
     live: Health | None = None,
     ready: Health | None = None,
+    token: SecretStr | None = None,
 ) -> FastAPI:
     """A FastAPI app with everything services share.
 
@@ -64,6 +66,7 @@ def create_service(
         name: Short name, used as metric label and in logs (`generator`, …).
         live: Is work progressing? Failing means: restart me. Default: the event loop answers.
         ready: May requests be sent? It says whether the right model is loaded and dependencies answer.
+        token: The stack's, to prove to whoever knows it that this service is of its stack; None leaves that route out.
     """
     app = FastAPI(title=title, version=version, lifespan=lifespan)
     app.state.draining = Draining()
@@ -81,6 +84,18 @@ def create_service(
     @app.get("/health/ready", tags=["health"], summary="Readiness: the right model is loaded, dependencies answer")
     async def health_ready() -> JSONResponse:  # pyright: ignore[reportUnusedFunction]
         return await answer(ready)
+
+    if token is not None:
+
+        @app.get("/health/identity", tags=["health"], summary="Proof that this service knows the stack's token")
+        async def health_identity(  # pyright: ignore[reportUnusedFunction]
+            nonce: Annotated[str, Query(pattern=NONCE_PATTERN, description="16 random bytes in hex, for this call.")],
+        ) -> ServiceIdentity:
+            """Neither side sends the token: `proof` is an HMAC of the service's name and the nonce.
+
+            Preflight asks this of whoever holds a port of the stack. Only who has the token can answer, or check it.
+            """
+            return prove(token, name, nonce)
 
     app.state.more_metrics = []
     metrics.announce(name, version)

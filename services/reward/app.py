@@ -73,8 +73,9 @@ def create_app(settings: RewardSettings) -> FastAPI:
         return queue.trouble() or registry.trouble()
 
     app = create_service(
-        "reward", title="Ratchet reward service", version=VERSION, lifespan=lifespan, live=live, ready=ready
-    )
+        "reward", title="Ratchet reward service", version=VERSION, lifespan=lifespan, live=live, ready=ready,
+        token=settings.token,
+    )  # fmt: skip
     app.state.queue = queue
     app.state.registry = registry
     control = [Depends(require_token(settings.token)), Depends(bearer_scheme)]

@@ -17,6 +17,7 @@ from fastapi.responses import StreamingResponse
 
 from services.contracts.errors import NotFound
 from services.contracts.jobs import Job
+from services.contracts.trackers import InstalledTrackers
 from services.contracts.training import TrainingJob
 from services.platform.auth import bearer_scheme, require_token
 from services.platform.jobs import EventStream, JobQueue, Worker, connect
@@ -28,7 +29,7 @@ from services.trainer.jobs import QUEUE, TrainingJobs, parse_job, request_for, t
 from services.trainer.process import Launcher
 from services.trainer.published import published_result
 from services.trainer.settings import TrainerSettings
-from services.trainer.trackers import check_installed
+from services.trainer.trackers import check_installed, installed
 from services.trainer.workspace import canonical, remove_old
 
 log = get_logger(__name__)
@@ -107,8 +108,9 @@ def build_app(settings: TrainerSettings) -> FastAPI:
             yield
 
     app = create_service(
-        "trainer", title="Ratchet trainer", version=VERSION, lifespan=lifespan, live=trainer.live, ready=trainer.ready
-    )
+        "trainer", title="Ratchet trainer", version=VERSION, lifespan=lifespan, live=trainer.live, ready=trainer.ready,
+        token=settings.token,
+    )  # fmt: skip
     app.state.trainer = trainer
     _add_routes(app, trainer, [Depends(bearer_scheme), Depends(require_token(settings.token))])
     return app
@@ -117,7 +119,10 @@ def build_app(settings: TrainerSettings) -> FastAPI:
 def _add_routes(app: FastAPI, trainer: Trainer, control: list[Depends]) -> None:  # pyright: ignore[reportGeneralTypeIssues]
     @app.post("/v1/jobs", status_code=202, tags=["jobs"], dependencies=control, summary="Queue a training job")
     async def submit(job: TrainingJob) -> Job:  # pyright: ignore[reportUnusedFunction]
-        """The id is derived from the content: the same job twice is one job. 409: its output is another job's."""
+        """The id is derived from the content: the same job twice is one job. 409: its output is another job's.
+
+        422 also when `config.report_to` names a tracker that is not installed here (`GET /v1/trackers`).
+        """
         check_installed(trackers_of(job))
         request = request_for(job)
         await asyncio.to_thread(published_result, trainer.store, request.id, job)
@@ -125,6 +130,11 @@ def _add_routes(app: FastAPI, trainer: Trainer, control: list[Depends]) -> None:
         if known is not None and known.queue == QUEUE and canonical(parse_job(known)) == canonical(job):
             return known  # as it was first sent, also if this one names other trackers
         return await trainer.queue.enqueue(request)
+
+    @app.get("/v1/trackers", tags=["trackers"], summary="Trackers that report_to may name")
+    async def trackers() -> InstalledTrackers:  # pyright: ignore[reportUnusedFunction]
+        """What is installed where the trainings run; whether it is set up and reached is seen by a training."""
+        return InstalledTrackers(trackers=await asyncio.to_thread(installed))
 
     @app.get("/v1/jobs", tags=["jobs"], summary="Training jobs, newest first")
     async def jobs(limit: int = Query(100, ge=1, le=1000)) -> list[Job]:  # pyright: ignore[reportUnusedFunction]

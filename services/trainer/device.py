@@ -2,7 +2,8 @@
 
 The generator's vLLM sleeps while the lease is renewed, and wakes by itself when it is not. So the training process is
 ended *before* the lease could run out unrenewed: never do both use the device. The lease is given back once the process
-has ended, with all it started, for only then is its memory free.
+has ended, with all it started, for only then is its memory free. One that SIGKILL does not end (it hangs in a driver)
+keeps its lease, renewed and logged as an error each minute, for as long as this trainer runs: it needs a person.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ PAUSE_SECONDS = 1.0
 MOST_PAUSE_SECONDS = 5.0
 GIVE_BACK_SECONDS = 5.0
 GIVE_BACK_TRIES = 3
+CLOSE_SECONDS = END_SECONDS + GIVE_BACK_TRIES * (GIVE_BACK_SECONDS + PAUSE_SECONDS)
+"""How long a trainer that stops waits for its leases to be given back. Without it they end by themselves."""
 HANDLER_WAIT_SECONDS = 1.5
 """How long a job waits for its lease to be given back. Below what a cancelled job's handler is allowed
 (`cancel_grace_seconds`) after the end of its process; the giving back goes on without it."""
@@ -76,8 +79,7 @@ class SharedDevice:
             # waiting is told in the job's progress, so the retries are ours
             self._generator = ServiceClient("generator", settings.trainer_generator_url, settings.token, retry=False)
         self._returns: set[asyncio.Task[None]] = set()
-        # the process ends in time for its memory to be free when the generator wakes
-        self._margin = min(settings.trainer_term_seconds + 2.0, settings.trainer_lease_seconds / LEASE_RENEWALS)
+        self._margin = settings.trainer_lease_margin_seconds
 
     @asynccontextmanager
     async def turn(self, context: JobContext) -> AsyncIterator[Turn]:
@@ -85,14 +87,14 @@ class SharedDevice:
 
         Raises:
             Cancelled: the job was cancelled while it waited.
-            DeadlineExceeded: the device was not free in time; retryable.
+            DeadlineExceeded: the device was not free in time, or an earlier training process did not end; retryable.
             RatchetError: the generator refused for good, e.g. it does not share its device.
         """
         if self._generator is None:
             yield Turn()
             return
         if self._returns:  # an earlier attempt's giving back would end this lease
-            await _unless_ended(context, asyncio.wait(set(self._returns)))
+            await self._returned(context)
         turn = Turn(f"{socket.gethostname()}-{os.getpid()} for {context.job.id}")
         keeping: asyncio.Task[None] | None = None
         try:
@@ -108,11 +110,26 @@ class SharedDevice:
     async def close(self) -> None:
         """Give back what is held, within bounds, and close the connection."""
         if self._returns:
-            await asyncio.wait(set(self._returns))
+            _, late = await asyncio.wait(set(self._returns), timeout=CLOSE_SECONDS)
+            for returning in late:  # its process does not end, and no longer has anybody who renews its lease
+                returning.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
         if self._generator is not None:
             await self._generator.close()
 
     # --- taking
+
+    async def _returned(self, context: JobContext) -> None:
+        """Wait until what an earlier attempt held is given back."""
+        seconds = self.settings.trainer_lease_wait_seconds
+        context.progress(phase="starting", waiting="waiting for the device: an earlier training process still ends")
+        _, late = await _unless_ended(context, asyncio.wait(set(self._returns), timeout=seconds))
+        if late:
+            raise DeadlineExceeded(
+                f"an earlier training process did not end within {seconds:g} s (RATCHET_TRAINER_LEASE_WAIT_SECONDS), "
+                "and it may still hold the device; training_process_does_not_end in the trainer's log names its pid"
+            )
+        context.progress(waiting=None)
 
     async def _take(self, context: JobContext, turn: Turn) -> None:
         loop = asyncio.get_running_loop()
@@ -153,7 +170,15 @@ class SharedDevice:
     # --- keeping
 
     async def _keep(self, turn: Turn) -> None:
-        """Renew until cancelled, or until it is too late to be sure of the device."""
+        """Renew until cancelled. However else it ends, the device is lost: nobody renews the lease any more."""
+        try:
+            turn.lose(await self._renew(turn))
+        except Exception as error:
+            log.exception("lease_keeper_failed", holder=turn.holder)
+            turn.lose(f"the lease could not be kept: {type(error).__name__}: {error}")
+
+    async def _renew(self, turn: Turn) -> str:
+        """Renew until it is too late to be sure of the device. Returns why."""
         loop, interval = asyncio.get_running_loop(), self.settings.trainer_lease_seconds / LEASE_RENEWALS
         trouble = "this process stood still"
         pause = interval
@@ -162,14 +187,12 @@ class SharedDevice:
             asked_at = loop.time()
             left = turn.until - self._margin - asked_at
             if left <= 0:
-                turn.lose(f"the lease could not be renewed for {self.settings.trainer_lease_seconds:g} s: {trouble}")
-                return
+                return f"the lease could not be renewed for {self.settings.trainer_lease_seconds:g} s: {trouble}"
             try:
                 lease = await self._ask(turn, min(interval, left))
             except RatchetError as error:
                 if not error.retryable or isinstance(error, DeviceLeased):
-                    turn.lose(error.detail)
-                    return
+                    return error.detail
                 if trouble != error.detail:
                     log.warning("lease_not_renewed", holder=turn.holder, reason=error.detail)
                 trouble = error.detail
@@ -185,9 +208,11 @@ class SharedDevice:
 
     async def _return(self, turn: Turn, keeping: asyncio.Task[None] | None) -> None:
         try:
-            if turn.child is not None and not await turn.child.gone(END_SECONDS):
-                log.error("lease_not_given_back", holder=turn.holder, reason="the training process does not end")
-                return
+            while turn.child is not None and not await turn.child.gone(END_SECONDS):
+                log.error(
+                    "training_process_does_not_end", holder=turn.holder, child_pid=turn.child.process.pid,
+                    then="its lease is lost: vLLM wakes" if turn.lost.is_set() else "its lease is kept until it ends",
+                )  # fmt: skip
         finally:
             if keeping is not None:
                 keeping.cancel()

@@ -17,12 +17,12 @@ from services.contracts.errors import InvalidInput
 from services.contracts.pairs import Pair
 from services.contracts.training import DpoJob, TrainingResult
 from services.platform.tables import from_parquet, read_metadata
-from services.trainer.checkpoints import copy_description, load_model, load_tokenizer, save_weights, weights_hash
+from services.trainer.checkpoints import load_model, load_tokenizer, weights_hash
 from services.trainer.forward import token_logprobs
 from services.trainer.loop import Grouped, check_config, run_training, trl_arguments
-from services.trainer.probes import candidate_windows, logprob_probes
+from services.trainer.probes import candidate_windows
 from services.trainer.reference import ReferenceLogprobs, reference_key, reference_logprobs, reference_path
-from services.trainer.task import Finished, Task, drop_too_long, publish
+from services.trainer.task import Finished, Task, drop_too_long, publish, save_policy
 
 CHECKED_PAIRS = 8
 """Pairs whose token ids are decoded and compared with their text."""
@@ -78,28 +78,23 @@ def run_dpo(task: Task, job: DpoJob) -> TrainingResult:
     trainer = make_trainer(task, job, model, tokenizer, pairs, logprobs)
     outcome = run_training(trainer, task, job.config)
 
-    task.phase("saving")
-    folder = task.fresh_output()
-    save_weights(model, folder, start_manifest.dtype)
-    copy_description(start, folder)
-    saved = load_model(folder, "policy")
-    probes, shift = logprob_probes(saved, windows, before)
+    saved = save_policy(task, model, start, start_manifest, windows, before)
     return publish(
         task,
         job,
         Finished(
             kind="policy",
-            model=saved,
+            model=saved.model,
             metrics={
                 "examples": len(pairs),
                 "dropped_too_long": dropped,
                 "reference_computed": float(computed),
-                "probe_shift": shift,
+                "probe_shift": saved.shift,
             },
             lineage=Lineage(
                 job_id=task.job_id, start=start_manifest.version, reference=reference_manifest.version, data=hashes
             ),
-            logprob_probes=probes,
+            logprob_probes=saved.probes,
             outcome=outcome,
         ),
     )

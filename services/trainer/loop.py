@@ -167,13 +167,28 @@ def run_training(trainer: Trainer, task: Task, config: TrainingConfig) -> Outcom
 
 @contextmanager
 def _curves(trainer: Trainer, task: Task, config: TrainingConfig) -> Generator[None]:
-    """The trackers of `report_to`, before any other callback: they are to see the loss that ends a training."""
+    """The trackers of `report_to`, before any other callback: they are to see the loss that ends a training.
+
+    Whatever is wrong with them, also before their threads run, is told and costs the training nothing.
+    """
     if not config.report_to or task.tracking is None:
         yield
         return
-    curves = Curves(
-        config.report_to, task.tracking, task.job_id, task.workspace.folder, trainer.args, task.tracker_failed
-    )
+    try:
+        curves = Curves(
+            config.report_to, task.tracking, task.job_id, task.workspace.folder, trainer.args, task.tracker_failed
+        )
+    except Exception as error:
+        curves = None
+        why = (
+            f"the trackers' folder {task.tracking.folder} cannot be used ({type(error).__name__}: {error}); name "
+            "another in RATCHET_TRAINER_LOG_FOLDER"
+        )
+        for name in config.report_to:
+            task.tracker_failed(name, why)
+    if curves is None:
+        yield
+        return
     trainer.add_callback(curves)
     try:
         yield

@@ -24,8 +24,6 @@ log = get_logger(__name__)
 
 LINE_BYTES = 16 << 20
 """Longest message: a result with its curve is some 50 kB."""
-SECRET_VARIABLES = ("RATCHET_TOKEN", "RATCHET_REDIS_URL")
-"""Not handed to the child: it needs neither, and what it has may end in a log."""
 REPOSITORY = Path(__file__).parents[2]
 END_SECONDS = 60.0
 """From the end of a child's messages to its own: an interpreter that tears down torch and CUDA takes a few."""
@@ -205,7 +203,8 @@ class Launcher:
         return TrainingChild(process, errors)
 
     def _environment(self) -> dict[str, str]:
-        kept = {key: value for key, value in os.environ.items() if key not in SECRET_VARIABLES}
+        # No setting of a service, secrets among them: a job file says all, and what a child has may end in a log
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("RATCHET_")}
         threads = str(self.settings.trainer_threads)
         # PASSIVE: threads that spin at a barrier cost 7 times the CPU (measured) when others use the cores too
         ours = {

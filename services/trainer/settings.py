@@ -10,6 +10,10 @@ from pydantic import Field, ValidationInfo, field_validator
 from services.contracts.device import LEASE_RENEWALS
 from services.platform.settings import ServiceSettings
 
+END_SLACK_SECONDS = 2.0
+"""Kept free between SIGKILL to a training process and the end of a lease that could not be renewed: its memory is to be
+free, and the generator's clock of it began a network's delay apart."""
+
 
 class TrainerSettings(ServiceSettings):
     """What the operator of a trainer can set, beyond what every service has."""
@@ -55,8 +59,9 @@ class TrainerSettings(ServiceSettings):
         default=60.0,
         gt=0,
         le=3600,
-        description="Length of the lease, renewed at each third. A killed trainer blocks the generator for so long; a "
-        "generator out of reach for so long costs the attempt, which goes on from its last save.",
+        description="Length of the lease, renewed at each third; at least 3 * (RATCHET_TRAINER_TERM_SECONDS + 2). A "
+        "killed trainer blocks the generator for so long; a generator out of reach for so long costs the attempt, "
+        "which goes on from its last save.",
     )
     trainer_lease_wait_seconds: float = Field(
         default=1800.0,
@@ -104,9 +109,16 @@ class TrainerSettings(ServiceSettings):
     @classmethod
     def _process_ends_within(cls, value: float, info: ValidationInfo) -> float:
         ending = float(info.data.get("trainer_term_seconds", 0.0))
-        if value < LEASE_RENEWALS * ending:
+        least = LEASE_RENEWALS * (ending + END_SLACK_SECONDS)
+        if value < least:
             raise ValueError(
                 f"{value:g} s is too short: a training process may take RATCHET_TRAINER_TERM_SECONDS ({ending:g} s) to "
-                f"end, which must fit in a third of a lease; allow {LEASE_RENEWALS * ending:g} s or more"
+                f"end and {END_SLACK_SECONDS:g} s to free its memory, which must fit in a third of a lease; allow "
+                f"{least:g} s or more"
             )
         return value
+
+    @property
+    def trainer_lease_margin_seconds(self) -> float:
+        """So long before a lease ends unrenewed, the training process is told to end."""
+        return self.trainer_term_seconds + END_SLACK_SECONDS

@@ -11,12 +11,12 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from services.contracts.checkpoints import Lineage
 from services.contracts.training import SftJob, TrainingResult
-from services.trainer.checkpoints import copy_description, load_model, load_tokenizer, save_weights
+from services.trainer.checkpoints import load_model, load_tokenizer
 from services.trainer.data import read_demonstrations
 from services.trainer.forward import token_logprobs
 from services.trainer.loop import Grouped, check_config, run_training, trl_arguments
-from services.trainer.probes import candidate_windows, logprob_probes
-from services.trainer.task import Finished, Task, drop_too_long, publish
+from services.trainer.probes import candidate_windows
+from services.trainer.task import Finished, Task, drop_too_long, publish, save_policy
 from services.trainer.tokens import IGNORED, LabelledSequence, encode_demonstrations
 
 
@@ -57,28 +57,23 @@ def run_sft(task: Task, job: SftJob) -> TrainingResult:
     trainer.lengths = [len(s.input_ids) for s in sequences]
     outcome = run_training(trainer, task, job.config)
 
-    task.phase("saving")
-    folder = task.fresh_output()
-    save_weights(model, folder, manifest.dtype)
-    copy_description(start, folder)
-    saved = load_model(folder, "policy")
-    probes, shift = logprob_probes(saved, windows, before)
+    saved = save_policy(task, model, start, manifest, windows, before)
     return publish(
         task,
         job,
         Finished(
             kind="policy",
-            model=saved,
+            model=saved.model,
             metrics={
                 "examples": len(sequences),
                 "dropped_too_long": dropped,
                 "trained_tokens": sum(label != IGNORED for s in sequences for label in s.labels),
-                "probe_shift": shift,
+                "probe_shift": saved.shift,
             },
             lineage=Lineage(
                 job_id=task.job_id, start=manifest.version, data={job.data: hashlib.sha256(data).hexdigest()}
             ),
-            logprob_probes=probes,
+            logprob_probes=saved.probes,
             outcome=outcome,
         ),
     )

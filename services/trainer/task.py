@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,8 @@ from services.contracts.layout import version_of
 from services.contracts.training import Tracker, TrainingJob, TrainingProgress, TrainingResult
 from services.platform.checkpoints import verify_checkpoint
 from services.platform.store import ArtifactStore
-from services.trainer.checkpoints import write_manifest
+from services.trainer.checkpoints import copy_description, load_model, save_weights, write_manifest
+from services.trainer.probes import logprob_probes
 from services.trainer.progress import Report
 from services.trainer.published import RESULT_NAME
 from services.trainer.trackers import Tracking
@@ -57,6 +58,43 @@ class Task:
         shutil.rmtree(self.workspace.output, ignore_errors=True)
         self.workspace.output.mkdir(parents=True)
         return self.workspace.output
+
+
+@dataclass(frozen=True)
+class SavedPolicy:
+    """A trained policy as its saved weights are, read back."""
+
+    model: PreTrainedModel
+    probes: tuple[LogprobProbe, ...]
+    shift: float
+    """How far training moved the most telling probe, nats."""
+
+
+def save_policy(
+    task: Task,
+    model: PreTrainedModel,
+    start: Path,
+    manifest: Manifest,
+    windows: Sequence[tuple[int, ...]],
+    before: Sequence[Sequence[float]],
+) -> SavedPolicy:
+    """Save a trained policy beside its start's tokenizer and config, and probe what was saved.
+
+    Args:
+        start: Folder of the checkpoint it was trained from; `manifest` is that one's, whose dtype is kept.
+        windows: Token sequences to probe.
+        before: Their log-probs under the start, per window and token.
+
+    Raises:
+        JobFailed: the saved weights give log-probs that are not finite.
+    """
+    task.phase("saving")
+    folder = task.fresh_output()
+    save_weights(model, folder, manifest.dtype)
+    copy_description(start, folder)
+    saved = load_model(folder, "policy")
+    probes, shift = logprob_probes(saved, windows, before)
+    return SavedPolicy(saved, probes, shift)
 
 
 @dataclass(frozen=True)

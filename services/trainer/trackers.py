@@ -13,15 +13,10 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from services.contracts.errors import InvalidInput
 from services.contracts.model import Contract
+from services.contracts.trackers import PACKAGES, check_trackers
 from services.contracts.training import Tracker
 from services.platform.store import ArtifactStore
-
-INSTALLED_AS: dict[Tracker, str] = {
-    "tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow-skinny", "trackio": "trackio",
-}  # fmt: skip
-"""Distribution of each tracker. The names they are imported by are the trackers' own."""
 
 
 class Tracking(Contract):
@@ -35,20 +30,18 @@ class Tracking(Contract):
     """Trackers get it after the training to send what they still hold."""
 
 
+def installed() -> tuple[Tracker, ...]:
+    """Trackers that are installed here, where the training process runs."""
+    return tuple(name for name in PACKAGES if find_spec(name) is not None)
+
+
 def check_installed(names: Sequence[Tracker]) -> None:
-    """Refuse trackers that are not installed here, where the training process runs.
+    """Refuse trackers that are not installed here.
 
     Raises:
         InvalidInput: naming them and how to install them.
     """
-    missing: list[Tracker] = [name for name in names if find_spec(name) is None]
-    if missing:
-        packages = " ".join(INSTALLED_AS[name] for name in missing)
-        raise InvalidInput(
-            f"config.report_to names {', '.join(missing)}, which the trainer does not have: pip install {packages} in "
-            "its environment (the extra 'trackers' has all four), or take it out of report_to",
-            field="config.report_to",
-        )
+    check_trackers(names, installed(), "config.report_to")
 
 
 def default_folder(store: ArtifactStore, configured: Path | None, work_folder: Path | None) -> Path:

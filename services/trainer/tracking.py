@@ -2,7 +2,8 @@
 
 Each tracker has a thread of its own: one that hangs or cannot be reached costs the training nothing. It is given up at
 its first error, which is told (log, metric, the job's progress); the training goes on. What a tracker has got is noted
-beside the trainer's checkpoints, so that an attempt that goes on from a save sends nothing twice.
+beside the trainer's checkpoints once it has taken it, so an attempt that goes on from a save leaves nothing out, and
+repeats at most the entry during which the attempt before it was killed: each entry arrives at least once.
 """
 
 from __future__ import annotations

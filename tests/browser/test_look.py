@@ -53,6 +53,27 @@ def test_no_page_scrolls_sideways_on_a_phone(seeded: DashboardServer, open_page:
         assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"], path
 
 
+@pytest.mark.parametrize("width", [PHONE["width"], 1024])
+def test_the_tiles_fill_their_rows_whatever_their_number(seeded: DashboardServer, open_page: Open, width: int) -> None:
+    page = open_page("/ui/runs/r").page
+    page.set_viewport_size({"width": width, "height": 844})
+    expect(page.locator(".tile")).to_have_count(7)
+    for number in (7, 6, 5):
+        gaps: list[float] = page.evaluate(
+            """() => {
+              const right = document.querySelector(".tiles").getBoundingClientRect().right;
+              const last = new Map();
+              for (const tile of document.querySelectorAll(".tile")) {
+                const place = tile.getBoundingClientRect();
+                last.set(Math.round(place.top), place.right);
+              }
+              return [...last.values()].map((edge) => right - edge);
+            }"""
+        )
+        assert max(gaps) <= 2, (number, gaps)
+        page.evaluate("document.querySelector('.tile').remove()")
+
+
 def test_colours_follow_the_system_and_the_toggle_stays_over_a_reload(seeded: DashboardServer, open_page: Open) -> None:
     page = open_page("/ui/runs/r").page
     wait_for_background(page, lambda light: light > 200, "light")
@@ -117,6 +138,7 @@ def test_the_dashboard_shadows_no_route_of_the_api(server: DashboardServer) -> N
 def test_another_site_cannot_open_the_pages_connection_nor_frame_it(server: DashboardServer) -> None:
     address = "/ui/_nicegui_ws/socket.io/?EIO=4&transport=polling"
     with httpx.Client(base_url=server.url) as http:
+        assert http.get("/ui/").status_code == 200  # which gives this browser its name
         assert http.get(address, headers={"Origin": "https://elsewhere.example"}).status_code == 400
         own = http.get(address, headers={"Origin": f"http://{urlsplit(server.url).netloc}"})
         assert own.status_code == 200

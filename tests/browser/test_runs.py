@@ -195,6 +195,8 @@ def test_a_rollback_asks_for_iteration_and_reason_and_sets_the_incumbent_back(
     server.call(server.stack.status("idle"))
     page = open_page("/ui/runs/r").page
     expect(page.locator("[data-status]")).to_contain_text("incumbent r/iter-2")
+    promoted = page.locator(".tile").filter(has_text="Promoted")
+    expect(promoted).to_contain_text("incumbent r/iter-2")
     act(page, "rollback")
     act(page, "confirm")
     sign_in(page)
@@ -207,6 +209,8 @@ def test_a_rollback_asks_for_iteration_and_reason_and_sets_the_incumbent_back(
     page.locator(".ask-reason input").fill("answers became too long")
     act(page, "confirm")
     expect(page.locator("[data-status]")).to_contain_text("incumbent r/iter-1")
+    expect(promoted).to_contain_text("incumbent r/iter-1")
+    expect(page.get_by_text("r/iter-2")).to_have_count(0)
     control = server.stack.app.state.runs.runbook.control("r")
     assert [(one.to_iteration, one.reason) for one in control.rollbacks] == [(1, "answers became too long")]
 

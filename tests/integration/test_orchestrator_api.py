@@ -105,6 +105,35 @@ async def test_a_run_that_cannot_work_is_refused_with_the_field_and_the_remedy(s
     assert not stack.store.exists(layout.run_file("r"))
 
 
+def reporting(*trackers: str) -> dict[str, Any]:
+    return {"learning_rate": 5e-7, "train_batch_size": 4, "max_length": 128, "report_to": trackers}
+
+
+async def test_a_run_that_reports_to_a_tracker_the_trainer_lacks_is_refused_before_it_samples(stack: Stack) -> None:
+    prompts, heldout = await stack.upload(24), await stack.upload(6, 1000)
+    request = body(prompts, heldout, dpo=reporting("tensorboard", "wandb"), iterations=0)
+    problem = await stack.post("/v1/runs", json=request, expect=422)
+    assert problem["field"] == "recipe.dpo.report_to"
+    assert "pip install wandb" in problem["detail"]
+    assert not stack.store.exists(layout.run_file("r"))
+    stack.trainer.trackers = ("tensorboard", "wandb")
+    assert (await stack.post("/v1/runs", json=request, expect=201))["warnings"] == []
+    stack.trainer.trackers = ()  # what is there stays
+    await stack.post("/v1/runs", json=request, expect=201)
+
+
+async def test_a_trainer_that_is_away_does_not_keep_a_run_with_trackers_from_being_created(
+    tmp_path: Path, redis_client: Redis, redis_server: RedisServer
+) -> None:
+    stack = Stack(tmp_path, redis_server.url, trainer_url=None)
+    async with stack.running():
+        prompts, heldout = await stack.upload(24), await stack.upload(6, 1000)
+        request = body(prompts, heldout, dpo=reporting("wandb"), iterations=0)
+        (warning,) = (await stack.post("/v1/runs", json=request, expect=201))["warnings"]
+        assert "whether the trainer has them is not known" in warning
+        assert (await stack.view("r")).warnings == (warning,)
+
+
 async def test_creating_a_run_twice_is_one_run_and_another_recipe_is_a_conflict(stack: Stack) -> None:
     prompts, heldout = await stack.upload(24), await stack.upload(6, 1000)
     request = body(prompts, heldout, iterations=0)

@@ -120,7 +120,9 @@ async def test_an_attempt_that_goes_on_after_a_kill_goes_on_with_the_same_run_an
     assert ended.attempts == 2
     resumed = TrainingResult.model_validate(ended.result).resumed_from_step
     assert resumed is not None
-    assert all(resumed <= step < 600 for step in before.values()), "the kill came between a save and the end"
+    # A tracker's thread may lag behind the save: what it lacks is filled in from there.
+    assert 20 <= resumed < 600
+    assert all(step < 600 for step in before.values()), "the kill came after the end"
     board = steps(scalars(tmp_path, ended), "train/loss")
     assert board == sorted(set(board)), "a step is there twice"
     assert board[0] < resumed < board[-1] == 600

@@ -10,8 +10,20 @@ from typing import Any
 import pytest
 import yaml
 
+from examples.tiny_world.remote import parse
+from services.orchestrator.preflight import (
+    COMPOSE_VARIABLES,
+    INTERPOLATED,
+    OBSERVED,
+    STACK_VARIABLES,
+    check_env_file,
+    check_settings,
+)
+from services.platform.settings import known_variables
+
 ROOT = Path(__file__).parents[2]
-FILES = ("docker-compose.yml", "compose.gpu.yml", "compose.single-gpu.yml")
+OBSERVABILITY = "deploy/compose.observability.yml"
+FILES = ("docker-compose.yml", "compose.gpu.yml", "compose.single-gpu.yml", OBSERVABILITY)
 SERVICES = ("generator", "reward", "trainer", "orchestrator")
 COMPOSE: dict[str, dict[str, Any]] = {name: yaml.safe_load((ROOT / name).read_text()) for name in FILES}
 STACK: dict[str, dict[str, Any]] = COMPOSE["docker-compose.yml"]["services"]
@@ -146,19 +158,77 @@ def test_on_gpus_vllm_is_another_build_and_its_images_have_another_name() -> Non
 
 def test_on_one_gpu_the_generator_sleeps_while_the_trainer_works() -> None:
     services = COMPOSE["compose.single-gpu.yml"]["services"]
-    assert services["generator"]["environment"]["RATCHET_GENERATOR_SLEEP"] == "true"
+    sleep = services["generator"]["environment"]["RATCHET_GENERATOR_SLEEP"]
+    assert sleep == "${RATCHET_GENERATOR_SLEEP:-true}", "what .env says counts"
     assert services["trainer"]["environment"]["RATCHET_TRAINER_GENERATOR_URL"] == "http://generator:8001"
     assert services["trainer"]["networks"] == ["edge"], "the generator has to be reachable from the trainer"
 
 
-def test_every_setting_in_the_compose_files_is_one_that_a_service_reads() -> None:
-    from services.orchestrator.preflight import COMPOSE_VARIABLES, STACK_VARIABLES
-    from services.platform.settings import known_variables
+def test_there_is_no_compose_file_that_these_tests_do_not_know() -> None:
+    found = {*ROOT.glob("*compose*.y*ml"), *(ROOT / "deploy").rglob("*compose*.y*ml")}
+    assert {str(file.relative_to(ROOT)) for file in found} == set(FILES)
 
-    known = known_variables() | COMPOSE_VARIABLES | set(STACK_VARIABLES)
+
+def test_every_setting_in_the_compose_files_is_one_that_a_service_reads() -> None:
+    known = known_variables() | COMPOSE_VARIABLES | set(STACK_VARIABLES) | set(INTERPOLATED.values()) | {OBSERVED}
     for name in FILES:
         used = set(re.findall(r"RATCHET_[A-Z_]+", (ROOT / name).read_text()))
-        assert used <= known | {"RATCHET_SHUTDOWN_GRACE_SECONDS"}, used - known
+        assert used <= known, used - known
+
+
+def test_preflight_lets_through_every_variable_that_a_compose_file_reads() -> None:
+    read = {name for file in FILES for name in re.findall(r"\$\{(RATCHET_[A-Z_]+)", (ROOT / file).read_text())}
+    good = {"RATCHET_TOKEN": "t" * 32, "RATCHET_UID": "1", "RATCHET_GID": "1"}
+    assert check_settings({**dict.fromkeys(read, "x"), **good}) == []
+    assert read >= COMPOSE_VARIABLES, "and none is let through that no file reads"
+
+
+def test_redis_s_password_is_given_to_nobody_who_does_not_ask_redis() -> None:
+    for name in (*SERVICES, "ratchet", "tiny-world"):
+        environment = STACK[name]["environment"]
+        assert environment["RATCHET_REDIS_PASSWORD"] == "", "the env file has it, so leaving it out is not enough"
+        assert ("RATCHET_REDIS_URL" in environment) == (name in ("orchestrator", "trainer"))
+
+
+def test_the_temporary_folder_which_is_main_memory_has_a_limit() -> None:
+    for name in (*SERVICES, "preflight", "ratchet", "tiny-world"):
+        for folder in STACK[name]["tmpfs"]:
+            assert re.search(r"\bsize=\d+[mg]\b", folder), folder
+
+
+def test_the_tiny_world_s_report_stays_when_its_container_is_gone() -> None:
+    options = parse(STACK["tiny-world"]["entrypoint"][3:])
+    assert options.folder.is_relative_to("/store/.work")
+    assert "${RATCHET_STORE:-store}:/store" in STACK["tiny-world"]["volumes"]
+
+
+def test_trackers_can_be_chosen_for_the_trainer_s_image_and_are_packages_of_the_lock() -> None:
+    for name in ("trainer", "tiny-world"):
+        assert STACK[name]["build"]["args"] == {"TRACKERS": "${RATCHET_TRACKERS-tensorboard}"}
+    text = dockerfile("trainer")
+    assert re.findall(r"^ARG TRACKERS=(.*)$", text, re.M) == ["tensorboard"]
+    assert "image_packages.sh $TRACKERS" in text
+    (named,) = re.findall(r'as the lock spells it: "(.*)"\.', text)
+    for lock in (ROOT / "requirements").glob("*.lock"):
+        pinned = set(re.findall(r"^([\w-]+)==", lock.read_text(), re.M))
+        assert set(named.split()) <= pinned, lock.name
+
+
+def test_the_restore_of_the_documents_leaves_nothing_of_what_was_there(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "operations.md").read_text()
+    (command,) = re.findall(r"preflight -c '(.*) && tar -C / -xf -' < ratchet-backup", text)
+    for file in (
+        "store/FORMAT.json",
+        "store/.work/train/state",
+        "store/.scratch/x",
+        "redis/appendonlydir/a",
+        "redis/.b",
+    ):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("")
+    here = command.replace("/store", f"{tmp_path}/store").replace("/redis", f"{tmp_path}/redis")
+    subprocess.run(["sh", "-c", here], check=True)
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "redis", tmp_path / "store"]
 
 
 @pytest.fixture
@@ -170,15 +240,17 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def make_env(checkout: Path, *arguments: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
+def make_env(
+    checkout: Path, *arguments: str, path: str | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", "scripts/compose-env.sh", *arguments], cwd=checkout, capture_output=True, text=True, check=False,
-        env={**os.environ, "PATH": path or os.environ["PATH"]},
+        env={**os.environ, "PATH": path or os.environ["PATH"], **variables},
     )  # fmt: skip
 
 
-def settings(checkout: Path) -> dict[str, str]:
-    lines = (checkout / ".env").read_text().splitlines()
+def settings(checkout: Path, file: str = ".env") -> dict[str, str]:
+    lines = (checkout / file).read_text().splitlines()
     return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
 
 
@@ -189,6 +261,16 @@ def test_make_env_writes_two_secrets_for_the_owner_s_eyes_only(checkout: Path) -
     assert len(set(made.values())) == 2
     assert all(re.fullmatch(r"[A-Za-z0-9_-]{40,}", value) for value in made.values()), "they stand in URLs too"
     assert stat.S_IMODE((checkout / ".env").stat().st_mode) == 0o600
+
+
+def test_make_env_writes_another_file_that_names_itself_and_says_how_to_use_it(checkout: Path) -> None:
+    done = make_env(checkout, RATCHET_ENV_FILE="prod.env")
+    assert done.returncode == 0, done.stderr
+    assert "docker compose --env-file prod.env up -d --wait" in done.stdout
+    made = settings(checkout, "prod.env")
+    assert set(made) == {"RATCHET_ENV_FILE", "RATCHET_TOKEN", "RATCHET_REDIS_PASSWORD"}
+    assert not (checkout / ".env").exists()
+    assert check_env_file({**made, **{own: made[name] for name, own in INTERPOLATED.items()}}) == []
 
 
 def test_make_env_keeps_what_is_there_and_adds_what_is_missing(checkout: Path) -> None:

@@ -4,17 +4,34 @@ import json
 import os
 import socket
 import threading
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from pydantic import SecretStr
 
 from services.contracts.errors import StoreError
 from services.contracts.layout import FORMAT_FILE, STORE_FORMAT
-from services.orchestrator.preflight import PORTS, PublishedPort, Volume, check_ports, check_settings, check_volumes
+from services.orchestrator.preflight import (
+    OBSERVABILITY_PORTS,
+    OBSERVED,
+    PORTS,
+    PublishedPort,
+    Volume,
+    check_env_file,
+    check_ports,
+    check_settings,
+    check_volumes,
+    main,
+)
+from services.platform import healthcheck
 from services.platform.healthcheck import check
+from services.platform.identity import is_proven, new_nonce, prove
 from services.platform.store_format import StoreFormat, check_format
 
 TOKEN = "the-token-of-this-stack"
@@ -49,12 +66,17 @@ def http_server(answer: Answer) -> Iterator[int]:
 
 
 def own_service(request: BaseHTTPRequestHandler) -> tuple[int, object]:
-    return (422, {}) if request.headers["Authorization"] == f"Bearer {TOKEN}" else (401, {})
+    """The generator of the stack with our token."""
+    url = urlsplit(request.path)
+    if url.path != "/health/identity":
+        return 404, {}
+    return 200, prove(SecretStr(TOKEN), "generator", parse_qs(url.query)["nonce"][0]).model_dump()
 
 
 def free_ports() -> dict[str, str]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in PORTS]
-    ports = {port.variable: str(s.getsockname()[1]) for port, s in zip(PORTS, sockets, strict=True)}
+    ports_of_all = (*PORTS, *OBSERVABILITY_PORTS)
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in ports_of_all]
+    ports = {port.variable: str(s.getsockname()[1]) for port, s in zip(ports_of_all, sockets, strict=True)}
     for each in sockets:
         each.close()
     return ports
@@ -93,6 +115,71 @@ def test_a_service_of_another_stack_holds_a_port_like_any_program() -> None:
     assert "RATCHET_GENERATOR_PORT" in problem
 
 
+def test_a_service_of_this_stack_on_the_port_of_another_does_not_count_as_that_one() -> None:
+    with http_server(own_service) as port:
+        (problem,) = check_ports(environment(RATCHET_REWARD_PORT=str(port)), starting_seconds=0)
+    assert "RATCHET_REWARD_PORT" in problem
+
+
+@pytest.mark.parametrize(
+    "answer", [(200, {}), (422, {}), (401, {}), (200, {"service": "generator", "proof": "0" * 64})]
+)
+def test_whoever_holds_the_port_is_not_sent_the_token_and_is_not_believed(answer: tuple[int, object]) -> None:
+    seen: list[str] = []
+
+    def listener(request: BaseHTTPRequestHandler) -> tuple[int, object]:
+        seen.append(f"{request.requestline}\n{request.headers}")
+        return answer
+
+    with http_server(listener) as port:
+        (problem,) = check_ports(environment(RATCHET_GENERATOR_PORT=str(port)), starting_seconds=0)
+    assert "RATCHET_GENERATOR_PORT" in problem
+    assert len(seen) == 1
+    assert TOKEN not in seen[0]
+    assert "authorization" not in seen[0].lower()
+
+
+def test_each_question_has_a_nonce_of_its_own() -> None:
+    asked: list[str] = []
+
+    def listener(request: BaseHTTPRequestHandler) -> tuple[int, object]:
+        asked.append(request.path)
+        return own_service(request)
+
+    with http_server(listener) as port:
+        for _ in range(2):
+            assert check_ports(environment(RATCHET_GENERATOR_PORT=str(port)), starting_seconds=0) == []
+    assert len(set(asked)) == 2
+
+
+@pytest.mark.parametrize("published", OBSERVABILITY_PORTS, ids=lambda port: port.service)
+def test_ports_of_prometheus_and_grafana_are_looked_at_when_they_are_to_be_published(published: PublishedPort) -> None:
+    with http_server(lambda _: (200, {"another": "program"})) as port:
+        settings = environment(**{published.variable: str(port)})
+        assert check_ports(settings, starting_seconds=0) == []
+        (problem,) = check_ports({**settings, OBSERVED: "true"}, starting_seconds=0)
+    assert f"for the {published.service}" in problem
+    assert f"set {published.variable} in .env" in problem
+
+
+@pytest.mark.parametrize("published", OBSERVABILITY_PORTS, ids=lambda port: port.service)
+def test_prometheus_and_grafana_of_a_stack_that_is_up_hold_their_own_ports(published: PublishedPort) -> None:
+    body = {"dashboard": {"uid": "ratchet"}, "rules": [{"name": "NobodyConducts"}]}
+
+    def answer(request: BaseHTTPRequestHandler) -> tuple[int, object]:
+        return (200, body) if request.path == published.route else (404, {})
+
+    with http_server(answer) as port:
+        settings = environment(**{published.variable: str(port), OBSERVED: "true"})
+        assert check_ports(settings, starting_seconds=0) == []
+
+
+def test_what_prometheus_and_grafana_are_known_by_is_in_what_they_are_given() -> None:
+    deploy = Path(__file__).parents[2] / "deploy"
+    assert json.loads((deploy / "grafana" / "ratchet.json").read_text())["uid"] == "ratchet"
+    assert "alert: NobodyConducts\n" in (deploy / "prometheus" / "alerts.yml").read_text()
+
+
 def test_an_address_that_this_machine_does_not_have_is_told() -> None:
     problems = check_ports(environment(RATCHET_BIND="192.0.2.1"), starting_seconds=0)
     assert len(problems) == len(PORTS)
@@ -113,28 +200,24 @@ def test_two_services_cannot_share_a_port() -> None:
 
 
 @pytest.mark.parametrize("published", PORTS, ids=lambda port: port.service)
-def test_a_route_used_to_know_our_own_service_refuses_a_wrong_token_and_changes_nothing(
+def test_every_service_with_a_port_proves_itself_without_being_sent_the_token(
     published: PublishedPort, tmp_path: Path
 ) -> None:
-    """The question asked of a running stack must be answered 422 with the right token, 401 with another."""
     app = APPS[published.service](tmp_path)
     from starlette.testclient import TestClient
 
     client = TestClient(app)  # not entered: no worker starts
-    for token, status in ((TOKEN, 422), ("a-token-of-another-stack", 401)):
-        answer = client.request(
-            published.method, published.route, json={}, headers={"Authorization": f"Bearer {token}"}
-        )
-        assert answer.status_code == status
+    nonce = new_nonce()
+    answer = client.get("/health/identity", params={"nonce": nonce})
+    assert is_proven(SecretStr(TOKEN), published.service, nonce, answer.content)
+    assert not is_proven(SecretStr("the-token-of-another-stack"), published.service, nonce, answer.content)
 
 
 def _orchestrator(store: Path):
     from services.orchestrator.app import create_app
     from services.orchestrator.settings import OrchestratorSettings
 
-    app = create_app(OrchestratorSettings(token=TOKEN, store_url=str(store)))  # pyright: ignore[reportArgumentType]
-    app.state.runs = None  # an invalid body never gets there
-    return app
+    return create_app(OrchestratorSettings(token=TOKEN, store_url=str(store)))  # pyright: ignore[reportArgumentType]
 
 
 def _generator(store: Path):
@@ -197,6 +280,52 @@ def test_a_guessable_token_is_refused_without_showing_it() -> None:
 def test_services_may_not_run_as_root(user: str) -> None:
     (problem,) = check_settings(environment(RATCHET_UID=user))
     assert problem.startswith(f"RATCHET_UID={user}")
+
+
+# -- the env file -----------------------------------------------------------------------------------------------------
+
+
+def read_by_compose(file: str = ".env", token: str = TOKEN, password: str = "p" * 32) -> dict[str, str]:
+    return {
+        "RATCHET_COMPOSE_ENV_FILE": file,
+        "RATCHET_COMPOSE_TOKEN": token,
+        "RATCHET_COMPOSE_REDIS_PASSWORD": password,
+    }
+
+
+def test_one_env_file_for_compose_and_containers_is_fine_under_any_name() -> None:
+    given = {"RATCHET_TOKEN": TOKEN, "RATCHET_REDIS_PASSWORD": "p" * 32}
+    assert check_env_file({**given, **read_by_compose()}) == []
+    assert check_env_file({**given, "RATCHET_ENV_FILE": "prod.env", **read_by_compose("prod.env")}) == []
+    assert check_env_file(read_by_compose()) == [], "secrets may come from the shell alone"
+
+
+@pytest.mark.parametrize(("name", "composed"), [("RATCHET_TOKEN", {"token": "another"}),
+                                                ("RATCHET_REDIS_PASSWORD", {"password": "another"})])  # fmt: skip
+def test_secrets_of_two_env_files_are_refused_with_the_way_to_use_one_and_without_showing_them(
+    name: str, composed: dict[str, str]
+) -> None:
+    given = {"RATCHET_TOKEN": TOKEN, "RATCHET_REDIS_PASSWORD": "p" * 32}
+    (problem,) = check_env_file({**given, **read_by_compose(**composed)})
+    assert problem.startswith(f"{name} in .env")
+    assert "docker compose --env-file NAME" in problem
+    assert not [secret for secret in (TOKEN, "p" * 32) if secret in problem]
+
+
+def test_an_env_file_that_does_not_name_itself_is_refused() -> None:
+    given = {"RATCHET_TOKEN": TOKEN, "RATCHET_REDIS_PASSWORD": "p" * 32}
+    (problem,) = check_env_file({**given, **read_by_compose("prod.env")})
+    assert "prod.env" in problem
+    assert "let it name itself" in problem
+
+
+def test_the_look_before_a_start_refuses_a_half_given_env_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {**environment(), **read_by_compose(token="another-token-of-compose")}.items():
+        monkeypatch.setenv(name, value)
+    assert main([]) == 1
+    assert "ERROR: RATCHET_TOKEN in .env" in capsys.readouterr().out
 
 
 # -- volumes ----------------------------------------------------------------------------------------------------------
@@ -307,6 +436,33 @@ def test_a_service_that_does_not_answer_is_unhealthy() -> None:
     up, why = check(f"http://127.0.0.1:{port}")
     assert not up
     assert "does not answer" in why
+
+
+def test_all_questions_together_have_one_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine ends a health check after 5 s and tells nobody why."""
+    clock = {"now": 100.0}
+    given: list[float] = []
+    monkeypatch.setattr(healthcheck.time, "monotonic", lambda: clock["now"])
+    real = urllib.request.OpenerDirector.open
+
+    def slow(opener: urllib.request.OpenerDirector, url: str, data: None = None, timeout: float = 0.0) -> Any:
+        given.append(timeout)
+        clock["now"] += 3.0
+        return real(opener, url, data, timeout)
+
+    monkeypatch.setattr(urllib.request.OpenerDirector, "open", slow)
+    with http_server(service("generator", 503, {"state": "empty"})) as port:
+        assert check(f"http://127.0.0.1:{port}") == (True, "waiting for a policy")
+    assert given == [4.0, 1.0]
+
+
+def test_a_first_answer_that_took_all_the_time_is_told_and_no_more_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 0.0, 4.5])
+    monkeypatch.setattr(healthcheck.time, "monotonic", lambda: next(times))
+    with http_server(service("generator", 503, {"state": "empty"})) as port:
+        up, why = check(f"http://127.0.0.1:{port}")
+    assert not up
+    assert "not within 4 s" in why
 
 
 def test_something_else_on_the_port_is_unhealthy() -> None:

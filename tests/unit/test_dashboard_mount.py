@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from pydantic import SecretStr
 
 from services.orchestrator.app import create_app
+from services.orchestrator.dashboard.browsers import COOKIE
 from services.orchestrator.settings import OrchestratorSettings
 
 TOKEN = "the-token-of-this-stack"
@@ -41,10 +42,14 @@ async def test_the_root_leads_to_the_dashboard(tmp_path: Path) -> None:
 async def test_two_orchestrators_of_one_process_keep_their_sessions_apart(tmp_path: Path) -> None:
     one, other = orchestrator(tmp_path / "one"), orchestrator(tmp_path / "other")
     sessions = one.state.dashboard.sessions
-    ticket = sessions.ticket(sessions.sign_in(TOKEN, "here"))
+    cookie = one.state.dashboard.browsers.new()
+    browser = one.state.dashboard.browsers.of({COOKIE: cookie})
+    ticket = sessions.ticket(sessions.sign_in(TOKEN, browser), browser)
     async with client(other) as http:
+        http.cookies.set(COOKIE, cookie)
         assert (await http.post("/ui/session", json={"ticket": ticket})).status_code == 401
     async with client(one) as http:
+        http.cookies.set(COOKIE, cookie)
         assert (await http.post("/ui/session", json={"ticket": ticket})).status_code == 200
 
 
@@ -54,9 +59,16 @@ async def test_the_session_s_cookie_is_out_of_reach_of_scripts_and_other_sites(
 ) -> None:
     app = orchestrator(tmp_path)
     sessions = app.state.dashboard.sessions
-    session = sessions.sign_in(TOKEN, "here")
     async with client(app, scheme) as http:
-        answer = await http.post("/ui/session", json={"ticket": sessions.ticket(session)})
+        page = await http.get("/ui/absent")
+        assert page.headers["set-cookie"].startswith("ratchet_browser=")
+        assert all(part in page.headers["set-cookie"] for part in ("HttpOnly", "SameSite=lax", "Path=/ui"))
+        assert ("Secure" in page.headers["set-cookie"]) is secure
+        assert "set-cookie" not in (await http.get("/ui/absent")).headers
+        browser = app.state.dashboard.browsers.of(http.cookies)
+        session = sessions.sign_in(TOKEN, browser)
+        ticket = sessions.ticket(session, browser)
+        answer = await http.post("/ui/session", json={"ticket": ticket})
         cookie = answer.headers["set-cookie"]
         assert all(part in cookie for part in ("HttpOnly", "SameSite=lax", "Path=/ui"))
         assert ("Secure" in cookie) is secure

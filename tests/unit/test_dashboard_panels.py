@@ -10,8 +10,16 @@ from services.contracts.browsing import JudgedResponse, PairDetail
 from services.contracts.conversations import Message
 from services.contracts.pairs import Pair
 from services.contracts.problems import Problem
-from services.contracts.runs import IterationView, RunStatus, RunView, Stage, StageView
-from services.orchestrator.dashboard import figures, panels
+from services.contracts.runs import (
+    IterationMetrics,
+    IterationRecord,
+    IterationView,
+    RunStatus,
+    RunView,
+    Stage,
+    StageView,
+)
+from services.orchestrator.dashboard import figures, panels, run_page
 from services.orchestrator.dashboard.actions import Action, sensible
 from tests.fixtures.orchestrator_stack import recipe
 
@@ -116,3 +124,14 @@ def test_the_recipe_is_shown_whole() -> None:
     assert ("groups.0", "n 2, temperature 1, top_p 1") in groups["sampling"]
     assert ("max_kl", "not set") in groups["gate"]
     assert ("learning_rate", "5e-07") in groups["dpo"]
+
+
+def test_the_tiles_name_the_incumbent_there_is_now_and_not_the_one_before_a_rollback() -> None:
+    record = IterationRecord(
+        run_id="r", iteration=2, version="r/iter-2", incumbent="r/iter-1", serving="r/iter-2", decision="promoted",
+        reasons=(), metrics=IterationMetrics(), decided_at="2026-11-24T00:00:00+00:00",
+    )  # fmt: skip
+    before = view(incumbent="r/iter-2", iterations=(IterationView(iteration=2, stages=(), record=record),))
+    after = before.model_copy(update={"incumbent": "r/iter-1"})
+    assert panels.run_tiles(after)[-1].note == "incumbent r/iter-1"
+    assert run_page.history(after) != run_page.history(before)

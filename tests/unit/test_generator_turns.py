@@ -1,7 +1,7 @@
 """Taking turns on one device: vLLM sleeps while a lease is held, and only a proof ends that; over a fake vLLM."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -369,6 +369,85 @@ async def test_a_holder_that_went_away_while_the_policy_changed_gets_no_lease(ga
     assert (await put).json()["version"] == "models/b"
     assert (await gateway.info()).lease is None
     assert "sleep" not in gateway.vllm.calls
+
+
+def leaver() -> tuple[asyncio.Event, Callable[[], Awaitable[bool]]]:
+    """Somebody who asks, and is gone once the event is set."""
+    left = asyncio.Event()
+
+    async def gone() -> bool:
+        return left.is_set()
+
+    return left, gone
+
+
+async def test_a_holder_that_goes_away_while_vllm_falls_asleep_leaves_no_sleeper(gateway: Gateway) -> None:
+    gateway.vllm.slumber = asyncio.Event()
+    left, gone = leaver()
+    turns = Turns(make_settings(gateway.store, generator_sleep=True), gateway.policy)
+    lease = asyncio.create_task(turns.lend(LeaseRequest(holder="trainer", seconds=60), gone))
+    await eventually(lambda: gateway.vllm.calls == ["sleep"])
+    left.set()
+    gateway.vllm.slumber.set()
+    with pytest.raises(Conflict, match="went away"):
+        await lease
+    assert (await gateway.info()).lease is None
+    await served(gateway)
+    assert gateway.vllm.calls == ["sleep", "wake", "reset", "prove"]
+    await turns.close()
+
+
+async def test_a_holder_that_goes_away_while_rollouts_run_for_too_long_gets_no_lease_either(store: Path) -> None:
+    settings = {**SLEEPER, "generator_put_wait_seconds": 0.05}
+    async with run_gateway(store, **settings, generator_lease_grace_seconds=GRACE_SECONDS) as gateway:
+        await eventually(lambda: gateway.policy.leases.blocked() is None)
+        gateway.policy.leases._grace_seconds = 30.0
+        await gateway.put("a")
+        await served(gateway)
+        gateway.vllm.calls.clear()
+        gateway.vllm.hold = hold = asyncio.Event()
+        rollouts = asyncio.create_task(gateway.rollouts("models/a", prompts(1)))
+        await eventually(lambda: gateway.vllm.running > 0)
+        left, gone = leaver()
+        turns = Turns(make_settings(store, **settings), gateway.policy)
+        lease = asyncio.create_task(turns.lend(LeaseRequest(holder="trainer", seconds=60), gone))
+        await eventually(lambda: gateway.policy.leases.held is not None)
+        left.set()
+        with pytest.raises(Conflict, match="went away"):
+            await lease
+        hold.set()
+        assert lines_of(await rollouts)[0].rollout is not None
+        await eventually(lambda: gateway.policy.leases.held is None and gateway.policy.state == "serving")
+        assert gateway.vllm.calls == []
+        await turns.close()
+
+
+async def test_a_holder_that_went_away_and_asked_again_keeps_what_its_second_asking_got(gateway: Gateway) -> None:
+    gateway.vllm.slumber = asyncio.Event()
+    left, gone = leaver()
+    turns = Turns(make_settings(gateway.store, generator_sleep=True), gateway.policy)
+    looks = 0
+    resumed = asyncio.Event()
+
+    async def slow_to_see() -> bool:
+        nonlocal looks
+        looks += 1
+        if looks > 1:
+            await resumed.wait()
+        return await gone()
+
+    first = asyncio.create_task(turns.lend(LeaseRequest(holder="trainer", seconds=60), slow_to_see))
+    await eventually(lambda: gateway.vllm.calls == ["sleep"])
+    left.set()
+    second = asyncio.create_task(gateway.lent("trainer"))
+    gateway.vllm.slumber.set()
+    lease = await second
+    resumed.set()
+    with pytest.raises(Conflict, match="went away"):
+        await first
+    assert ((await gateway.info()).lease or lease).id == lease.id
+    assert (await gateway.info()).state == "asleep"
+    await turns.close()
 
 
 # --- engines that fail

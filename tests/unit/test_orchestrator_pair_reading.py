@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -122,6 +124,27 @@ def test_a_file_asked_for_again_is_read_from_its_map_with_equal_rows(store: Arti
     again.mapping.result(timeout=30)
     assert again.map is not None
     assert again.rows([4, 0]) == decoded
+
+
+def test_a_map_lies_on_the_store_s_disk_and_leaves_nothing_behind(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    real = tempfile.TemporaryFile
+
+    def temporary(dir: Path) -> Any:
+        made.append(str(dir))
+        return real(dir=dir)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", temporary)
+    tables = OpenTables(1 << 20)
+    tables.get(store, layout.pairs_file("r", 1))
+    table = tables.get(store, layout.pairs_file("r", 1))
+    assert table.mapping is not None
+    table.mapping.result(timeout=30)
+    assert made == [f"{store.url}/.work/tables"]
+    assert list(Path(made[0]).iterdir()) == []
+    assert table.rows([1])[0]["prompt_id"] == "p1", "the map is whole without its name"
 
 
 def test_the_map_is_done_without_when_the_temporary_folder_is_full(

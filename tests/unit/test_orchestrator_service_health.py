@@ -14,7 +14,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from services.contracts.errors import StoreError
 from services.contracts.health import ServiceHealth
-from services.orchestrator.service_health import ServiceHealthChecks, without_password
+from services.orchestrator.service_health import ServiceHealthChecks
 from services.orchestrator.settings import OrchestratorSettings
 from services.platform.http import ServiceClient
 from services.platform.store import ArtifactStore
@@ -142,16 +142,3 @@ async def test_many_who_look_at_once_are_one_look(tmp_path: Path) -> None:
     found = await asyncio.gather(*(checked.look() for _ in range(5)))
     assert redis.pings == 1
     assert all(one == found[0] for one in found)
-
-
-@pytest.mark.parametrize(
-    ("url", "shown"),
-    [
-        ("redis://user:p%40ss@h:1/0", "redis://h:1/0"),
-        ("redis://:a@b@h:1", "redis://h:1"),
-        ("s3://bucket/ratchet", "s3://bucket/ratchet"),
-        ("/srv/a@b/store", "/srv/a@b/store"),
-    ],
-)
-def test_a_url_is_shown_without_its_password(url: str, shown: str) -> None:
-    assert without_password(url) == shown

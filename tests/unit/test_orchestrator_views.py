@@ -73,6 +73,14 @@ def test_training_shows_steps_and_figures() -> None:
     assert view.detail == "loss 0.6123, accuracy 0.75"
 
 
+def test_a_tracker_that_was_given_up_is_told_beside_the_figures() -> None:
+    warning = "wandb gets no more of this training: it does not answer"
+    running = job(Stage.TRAIN, None, JobState.RUNNING, started_at=1.0, progress={"loss": 0.5, "warning": warning})
+    assert stage_view(RECORD, Stage.TRAIN, [running], now=2.0).detail == f"loss 0.5; {warning}"
+    early = job(Stage.TRAIN, None, JobState.RUNNING, started_at=1.0, progress={"phase": "training", "warning": warning})
+    assert stage_view(RECORD, Stage.TRAIN, [early], now=2.0).detail == warning
+
+
 def test_a_job_that_waits_for_a_service_says_so() -> None:
     waiting = job(Stage.SAMPLE, 0, JobState.RUNNING, progress={"items_done": 0, "waiting": "the engine is starting"})
     assert stage_view(RECORD, Stage.SAMPLE, [waiting, None, None], now=1.0).detail == "the engine is starting"

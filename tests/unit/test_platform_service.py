@@ -23,6 +23,7 @@ from services.contracts.errors import (
 from services.contracts.scores import ScoreItem
 from services.platform.auth import require_token
 from services.platform.http import RETRY_ATTEMPTS, RemoteError, ServiceClient, error_from
+from services.platform.identity import is_proven, new_nonce
 from services.platform.service import create_service
 from services.platform.settings import ServiceSettings, settings_from_environment
 
@@ -40,7 +41,7 @@ def build() -> FastAPI:
     async def ready() -> str | None:
         return "no policy is loaded"
 
-    app = create_service("demo", title="Demo", version="1", ready=ready)
+    app = create_service("demo", title="Demo", version="1", ready=ready, token=TOKEN)
 
     @app.post("/items")
     async def items(item: ScoreItem) -> ScoreItem:
@@ -117,6 +118,31 @@ async def test_a_control_route_needs_the_token(http: httpx.AsyncClient) -> None:
     good = {"Authorization": f"Bearer {TOKEN.get_secret_value()}"}
     assert (await http.put("/control", headers=good)).json() == {"ok": True}
     assert (await http.put("/control")).headers["www-authenticate"] == "Bearer"
+
+
+async def test_a_service_proves_that_it_knows_the_token_to_who_knows_it_too(http: httpx.AsyncClient) -> None:
+    nonce = new_nonce()
+    answer = await http.get("/health/identity", params={"nonce": nonce})
+    assert answer.status_code == 200
+    assert is_proven(TOKEN, "demo", nonce, answer.content)
+    assert TOKEN.get_secret_value() not in answer.text
+    assert not is_proven(SecretStr("another-token-of-enough"), "demo", nonce, answer.content)
+    assert not is_proven(TOKEN, "reward", nonce, answer.content), "a service cannot stand in for another"
+    assert not is_proven(TOKEN, "demo", new_nonce(), answer.content), "an old answer is no answer"
+
+
+@pytest.mark.parametrize("nonce", ["", "0" * 31, "0" * 33, "g" * 32, "A" * 32, "0" * 31 + "\n", None])
+async def test_a_service_proves_nothing_of_another_form_than_a_nonce(
+    http: httpx.AsyncClient, nonce: str | None
+) -> None:
+    answer = await http.get("/health/identity", params={} if nonce is None else {"nonce": nonce})
+    assert answer.status_code == 422
+    assert answer.json()["field"] == "nonce"
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"{}", b'{"service": "demo", "proof": "\xc3\xa9"}', b"\xff"])
+def test_what_is_no_identity_proves_nothing(body: bytes) -> None:
+    assert not is_proven(TOKEN, "demo", new_nonce(), body)
 
 
 async def test_readiness_says_why_and_liveness_is_apart(http: httpx.AsyncClient) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from examples.tiny_world.remote import save
 from examples.tiny_world.report import (
     DemoReport,
     Example,
@@ -81,3 +82,13 @@ def test_the_page_is_self_contained_and_escapes_what_models_wrote(report: DemoRe
     assert "<svg" in page
     assert "src=" not in page
     assert "<link" not in page
+
+
+def test_a_run_on_a_stack_says_where_its_figures_lie_and_where_it_can_be_looked_through(
+    report: DemoReport, tmp_path: Path
+) -> None:
+    said = io.StringIO()
+    save(report, tmp_path, "mine", Console(file=said, width=200))
+    assert read_json(tmp_path / "report.json") == report
+    assert str(tmp_path / "report.json") in said.getvalue()
+    assert "mine in the orchestrator's dashboard, or 'ratchet show mine'" in said.getvalue()

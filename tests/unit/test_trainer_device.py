@@ -11,8 +11,10 @@ from typing import Any
 import httpx
 import pytest
 import pytest_asyncio
+import structlog
 from pydantic import SecretStr
 
+from services.contracts.device import LEASE_RENEWALS
 from services.contracts.errors import Cancelled, Conflict, DeadlineExceeded, JobFailed
 from services.contracts.jobs import Job
 from services.contracts.training import TrainingProgress, TrainingResult
@@ -135,6 +137,12 @@ class Site:
         return TrainingJobs(chosen, ArtifactStore(str(self.root)), children, device)
 
 
+@pytest.fixture(autouse=True)
+def short_slack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a lease may be as short as a test can wait for."""
+    monkeypatch.setattr("services.trainer.settings.END_SLACK_SECONDS", 0.1)
+
+
 @pytest_asyncio.fixture
 async def site(tmp_path: Path) -> AsyncIterator[Site]:
     fake_policy(tmp_path, "a", seed=1)
@@ -217,6 +225,65 @@ async def test_until_the_process_is_gone_the_lease_is_kept_and_renewed(
     await trainer.device.close()
 
 
+async def test_a_process_that_does_not_end_keeps_its_lease_for_as_long_as_it_takes_and_is_told_of(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = await site.serving()
+    monkeypatch.setattr("services.trainer.device.HANDLER_WAIT_SECONDS", 0.0)
+    looks, ends = asyncio.Queue[None](), asyncio.Event()
+
+    async def stuck(child: TrainingChild, seconds: float) -> bool:
+        looks.put_nowait(None)
+        try:
+            async with asyncio.timeout(0.05):
+                return await ends.wait()
+        except TimeoutError:
+            return False
+
+    monkeypatch.setattr(TrainingChild, "gone", stuck)
+    trainer = site.trainer(ends_with(RESULT))
+    with structlog.testing.capture_logs() as logs:
+        await trainer.run(attempt())
+        for _ in range(3):
+            await looks.get()
+    told = [entry for entry in logs if entry["event"] == "training_process_does_not_end"]
+    assert told[0]["log_level"] == "error"
+    assert told[0]["child_pid"] == children(trainer).started[0].process.pid
+    # renewed for longer than the lease that was there
+    asked = len(site.line.calls)
+    await eventually(lambda: len(site.line.calls) >= asked + 4)
+    assert set(site.line.calls) == {"PUT"}
+    assert gateway.policy.state == "asleep"
+    # the next job neither starts beside it nor waits for ever
+    trainer.device.settings = trainer.settings.model_copy(update={"trainer_lease_wait_seconds": 0.05})
+    with pytest.raises(DeadlineExceeded, match="earlier training process did not end") as caught:
+        await trainer.run(attempt())
+    assert caught.value.retryable
+    assert len(children(trainer).started) == 1
+    ends.set()
+    await eventually(lambda: gateway.policy.state == "serving")
+
+
+async def test_a_trainer_stops_in_time_also_beside_a_process_that_does_not_end(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = await site.serving()
+    monkeypatch.setattr("services.trainer.device.HANDLER_WAIT_SECONDS", 0.0)
+    monkeypatch.setattr("services.trainer.device.CLOSE_SECONDS", 0.1)
+
+    async def stuck(child: TrainingChild, seconds: float) -> bool:
+        await asyncio.sleep(0.05)  # a look takes time
+        return False
+
+    monkeypatch.setattr(TrainingChild, "gone", stuck)
+    trainer = site.trainer(ends_with(RESULT))
+    await trainer.run(attempt())
+    async with asyncio.timeout(5):
+        await trainer.device.close()
+    assert "DELETE" not in site.line.calls
+    await eventually(lambda: gateway.policy.state == "serving")  # the lease ran out
+
+
 async def test_a_failed_training_gives_the_device_back(site: Site) -> None:
     gateway = await site.serving()
     with pytest.raises(Exception, match="the loss is NaN"):
@@ -271,6 +338,20 @@ def test_an_address_that_is_no_url_is_refused_with_an_example() -> None:
 def test_a_lease_too_short_for_the_process_to_end_in_is_refused() -> None:
     with pytest.raises(ValueError, match="RATCHET_TRAINER_TERM_SECONDS"):
         TrainerSettings(token=SecretStr(TOKEN), store_url="/nowhere", trainer_lease_seconds=6, trainer_term_seconds=3)
+
+
+@pytest.mark.parametrize("term", [3.0, 18.0, 20.0])
+def test_the_longest_end_of_a_process_leaves_slack_before_its_lease_ends(
+    monkeypatch: pytest.MonkeyPatch, term: float
+) -> None:
+    monkeypatch.setattr("services.trainer.settings.END_SLACK_SECONDS", 2.0)
+    values: dict[str, Any] = {"token": TOKEN, "store_url": "/nowhere", "trainer_lease_seconds": 60}
+    if 3 * (term + 2.0) > 60:
+        with pytest.raises(ValueError, match="allow 66 s or more"):
+            TrainerSettings(**values, trainer_term_seconds=term)
+        return
+    settings = TrainerSettings(**values, trainer_term_seconds=term)
+    assert SharedDevice(settings)._margin == term + 2.0 <= settings.trainer_lease_seconds / LEASE_RENEWALS
 
 
 # --- waiting for it
@@ -409,6 +490,25 @@ async def test_a_device_that_another_holds_ends_the_process_at_once(site: Site) 
         await running
     assert not children(trainer).alive()
     assert gateway.policy.leases.held.holder == "trainer-2"
+
+
+async def test_a_keeper_that_fails_in_a_way_nobody_foresaw_loses_the_device_and_ends_the_process(site: Site) -> None:
+    gateway = await site.serving()
+    trainer, context = site.trainer(WORKS), attempt()
+    running = asyncio.create_task(trainer.run(context))
+    await until_training(context)
+
+    def broken(method: str) -> None:
+        if method == "PUT":
+            raise ZeroDivisionError("a defect")
+
+    site.line.on_call = broken
+    with pytest.raises(DeviceLost, match="ZeroDivisionError: a defect") as caught:
+        async with asyncio.timeout(10):
+            await running
+    assert caught.value.retryable
+    assert not children(trainer).alive()
+    await eventually(lambda: gateway.policy.state == "serving")
 
 
 async def test_a_trainer_that_stood_still_for_longer_than_its_lease_does_not_go_on(site: Site) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from services.trainer.child import PARENT_VARIABLE
 from services.trainer.process import Launcher, TrainingChild, TrainingKilled
 from services.trainer.settings import TrainerSettings
 
@@ -23,11 +24,18 @@ def test_a_child_sees_one_gpu_since_one_process_trains_on_one(
     assert Launcher(TrainerSettings(**SETTINGS))._environment()["CUDA_VISIBLE_DEVICES"] == seen
 
 
-def test_a_child_is_given_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_is_given_no_variable_of_ours_but_its_parent_and_those_of_trackers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("RATCHET_TOKEN", "the-secret-token-of-this-stack-000")
     monkeypatch.setenv("RATCHET_REDIS_URL", "redis://:the-secret@host/0")
+    monkeypatch.setenv("RATCHET_REDIS_PASSWORD", "the-secret")
+    monkeypatch.setenv("RATCHET_SOMETHING_NEW", "the-secret")
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
     environment = Launcher(TrainerSettings(**SETTINGS))._environment()
     assert not [key for key, value in environment.items() if "the-secret" in value]
+    assert {key for key in environment if key.startswith("RATCHET_")} == {PARENT_VARIABLE}
+    assert environment["WANDB_PROJECT"] == "mine"
 
 
 async def test_a_child_that_does_not_end_after_its_messages_is_named() -> None:

@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 from prometheus_client import REGISTRY
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from services.contracts.errors import InvalidInput
+from services.contracts.trackers import InstalledTrackers
 from services.contracts.training import NOT_IDENTITY, DpoConfig, RewardModelConfig, SftConfig, SftJob, TrainingProgress
 from services.platform.store import ArtifactStore
-from services.trainer import metrics, tracking
+from services.trainer import loop, metrics, tracking
+from services.trainer.app import build_app
 from services.trainer.jobs import request_for
+from services.trainer.settings import TrainerSettings
+from services.trainer.task import Task
 from services.trainer.trackers import Tracking, check_installed, default_folder, environment, run_id
 from services.trainer.tracking import Curves
-from services.trainer.workspace import canonical, workspace_name
+from services.trainer.workspace import Workspace, canonical, workspace_name
 from tests.fixtures.trainer import config
 
 PLACE = Tracking(folder="/logs", project="ratchet", end_seconds=5.0)
 JOB = "r/iter-1/train"
+TOKEN = "trainer-tests-0123456789"
 
 
 def job(**changes: Any) -> SftJob:
@@ -92,10 +100,40 @@ def test_logs_stand_in_a_local_store_and_beside_the_work_otherwise(tmp_path: Pat
 
 def test_a_tracker_that_is_not_installed_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     check_installed(("tensorboard", "wandb", "mlflow", "trackio"))
-    monkeypatch.setattr("services.trainer.trackers.find_spec", lambda name: None if name == "mlflow" else object())
-    with pytest.raises(InvalidInput, match="pip install mlflow-skinny") as refused:
+    without(monkeypatch, "mlflow", "wandb")
+    with pytest.raises(InvalidInput, match="pip install mlflow-skinny in") as refused:
         check_installed(("tensorboard", "mlflow"))
     assert refused.value.field == "config.report_to"
+    # building the image anew must not lose what it has
+    assert 'RATCHET_TRACKERS="tensorboard mlflow-skinny trackio"' in refused.value.detail
+
+
+def without(monkeypatch: pytest.MonkeyPatch, *missing: str) -> None:
+    monkeypatch.setattr("services.trainer.trackers.find_spec", lambda name: None if name in missing else object())
+
+
+@pytest.fixture
+async def api(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
+    """The trainer's routes, without its worker and Redis."""
+    app = build_app(TrainerSettings(token=SecretStr(TOKEN), store_url=str(tmp_path)))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://trainer") as client:
+        yield client
+
+
+async def test_the_trainer_tells_which_trackers_it_has(api: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    without(monkeypatch, "wandb", "trackio")
+    answer = InstalledTrackers.model_validate_json((await api.get("/v1/trackers")).content)
+    assert answer.trackers == ("tensorboard", "mlflow")
+
+
+async def test_a_job_for_a_tracker_that_is_not_installed_is_refused_when_it_is_sent(
+    api: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without(monkeypatch, "wandb")
+    body = job(report_to=["wandb"]).model_dump(mode="json")
+    refused = await api.post("/v1/jobs", json=body, headers={"Authorization": f"Bearer {TOKEN}"})
+    assert (refused.status_code, refused.json()["field"]) == (422, "config.report_to")
+    assert "pip install wandb" in refused.json()["detail"]
 
 
 # --- delivery
@@ -202,6 +240,59 @@ def test_a_tracker_that_hangs_costs_the_training_a_bounded_time(tmp_path: Path, 
     assert time.monotonic() - began < 5
     assert [name for name, _ in training.warnings] == ["trackio"]
     assert len(trackers["tensorboard"].got) == 49
+
+
+def test_an_entry_that_was_sent_when_the_attempt_was_killed_is_rather_sent_twice_than_left_out(
+    tmp_path: Path, trackers: dict[str, Recorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    note = tracking._Sent.note
+
+    def killed_before_the_note(sent: Any, step: int, logs: Any) -> None:
+        if step == 4:
+            raise SystemExit
+        note(sent, step, logs)
+
+    monkeypatch.setattr(tracking._Sent, "note", killed_before_the_note)
+    first = Training(tmp_path)
+    first.log(2, loss=0.5)
+    first.log(4, loss=0.25)
+    first.curves.close(failed=True)
+    monkeypatch.setattr(tracking._Sent, "note", note)
+    second = Training(tmp_path, [{"loss": 0.5, "step": 2}, {"loss": 0.25, "step": 4}])
+    second.log(6, loss=0.1)
+    second.curves.close(failed=False)
+    assert [step for step, _ in trackers["tensorboard"].got] == [2, 4, 4, 6]
+
+
+@pytest.mark.parametrize("trouble", ["a file is in the way", "read-only"])
+def test_a_folder_that_trackers_cannot_use_costs_the_trackers_and_not_the_training(
+    tmp_path: Path, trackers: dict[str, Recorder], monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    (tmp_path / "occupied").write_text("")
+    folder = tmp_path / "occupied" / "logs"
+    if trouble == "read-only":
+        folder = tmp_path / "logs"
+        make = Path.mkdir
+
+        def refuse(path: Path, *args: Any, **kwargs: Any) -> None:
+            if path == folder:
+                raise OSError(errno.EROFS, "Read-only file system", str(path))
+            make(path, *args, **kwargs)
+
+        monkeypatch.setattr(Path, "mkdir", refuse)
+    told: dict[str, str] = {}
+    task = Task(
+        "x", ArtifactStore(str(tmp_path / "store")), Workspace(tmp_path / "work"), lambda progress: None, 0.0,
+        tracking=Tracking(folder=str(folder), project="ratchet", end_seconds=5.0),
+        tracker_failed=lambda name, why: told.update({name: why}),
+    )  # fmt: skip
+    trainer: Any = SimpleNamespace(args=TrainingArguments(output_dir=str(tmp_path / "o"), report_to=[]))
+    trained = False
+    with loop._curves(trainer, task, job(report_to=["tensorboard", "trackio"]).config):
+        trained = True
+    assert trained
+    assert set(told) == {"tensorboard", "trackio"}
+    assert all("RATCHET_TRAINER_LOG_FOLDER" in why and str(folder) in why for why in told.values())
 
 
 # --- metrics of the running job

@@ -50,8 +50,8 @@ class Feed:
 
     @property
     def running(self) -> bool:
-        """Whether anything is followed."""
-        return any(not task.done() for task in self._tasks)
+        """Whether it is refreshed and followed."""
+        return bool(self._tasks) and not any(task.done() for task in self._tasks)
 
     def subscribe(self, callback: Callback) -> Callback:
         """Call `callback` after every refresh; returns what ends that."""
@@ -60,13 +60,12 @@ class Feed:
             self._closing.cancel()
             self._closing = None
         if not self.running:
-            self._tasks = [self._start(self._refresh(), "refresh"), self._start(self.follow(), "follow")]
+            for task in self._tasks:
+                task.cancel()  # one of them ended, which none should
+            self._tasks = [self._start(self._refresh(), "refresh"), self._start(self._follow(), "follow")]
 
         def end() -> None:
-            self._callbacks.discard(callback)
-            if not self._callbacks and self._closing is None:
-                loop = asyncio.get_running_loop()
-                self._closing = loop.call_later(LINGER_SECONDS, self.close, context=contextvars.Context())
+            self._drop(callback)
 
         return end
 
@@ -89,6 +88,12 @@ class Feed:
         """Call `change` whenever something happens, for ever."""
         raise NotImplementedError
 
+    def _drop(self, callback: Callback) -> None:
+        self._callbacks.discard(callback)
+        if not self._callbacks and self._closing is None:
+            loop = asyncio.get_running_loop()
+            self._closing = loop.call_later(LINGER_SECONDS, self.close, context=contextvars.Context())
+
     def _start(self, work: Coroutine[Any, Any, None], what: str) -> asyncio.Task[None]:
         # In a context of its own: it outlives the request of the page that happened to come first.
         task = asyncio.get_running_loop().create_task(
@@ -105,18 +110,42 @@ class Feed:
         while True:
             self._changed.clear()
             started = time.monotonic()
-            try:
-                await self.look()
-                self.error = None
-            except RatchetError as error:
-                self.error = error
+            self.error = await self._looked()
             for callback in tuple(self._callbacks):
-                callback()
+                try:
+                    callback()
+                except Exception:
+                    log.exception("dashboard_page_failed", feed=self.name, then="it is told nothing more")
+                    self._drop(callback)
             await asyncio.sleep(max(REFRESH_SECONDS, LOAD * (time.monotonic() - started)))
             try:
                 await asyncio.wait_for(self._changed.wait(), TICK_SECONDS)
             except TimeoutError:
                 continue
+
+    async def _looked(self) -> RatchetError | None:
+        try:
+            await self.look()
+        except RatchetError as error:
+            return error
+        except Exception as error:
+            log.exception("dashboard_look_failed", feed=self.name)
+            return RatchetError(
+                f"{self.name} could not be looked at: {error!r}. What is shown may be old; it is tried again, and the "
+                "orchestrator's log says more."
+            )
+        return None
+
+    async def _follow(self) -> None:
+        """Follow for ever; what ends all the same is begun anew, and the pages go on by the tick meanwhile."""
+        while True:
+            try:
+                await self.follow()
+                log.error("dashboard_follow_ended", feed=self.name, then="it begins anew")
+            except Exception:
+                log.exception("dashboard_follow_failed", feed=self.name, then="it begins anew")
+            await asyncio.sleep(TICK_SECONDS)
+            self.change()
 
 
 class RunFeed(Feed):
@@ -159,16 +188,27 @@ class RunsFeed(Feed):
         self._watched: dict[str, Callback] = {}
 
     async def look(self) -> None:
-        """Take the views of runs that are new, said to have changed, or at work."""
+        """Take the views of runs that are new, said to have changed, or at work. One that is unreadable is left out."""
         ids = await asyncio.to_thread(self._ids)
-        stale, self._stale = self._stale, set()
         for run in ids:
             known = self._known.get(run)
-            if known is None or run in stale or known.status in (RunStatus.RUNNING, RunStatus.QUEUED):
-                self._known[run] = await self._runs.view(run)
-        self._known = {run: self._known[run] for run in reversed(ids)}
+            if known is None or run in self._stale or known.status in (RunStatus.RUNNING, RunStatus.QUEUED):
+                await self._take(run)
+        self._known = {run: self._known[run] for run in reversed(ids) if run in self._known}
         self.views = tuple(self._known.values())
         self._watch({view.id for view in self.views if view.status is RunStatus.RUNNING})
+
+    async def _take(self, run: str) -> None:
+        self._stale.discard(run)  # before: what happens while the view is taken is not in it
+        try:
+            view = await self._runs.readable(run)
+        except BaseException:
+            self._stale.add(run)
+            raise
+        if view is None:
+            self._known.pop(run, None)
+        else:
+            self._known[run] = view
 
     def _ids(self) -> list[str]:
         self._runs.runbook.refresh()

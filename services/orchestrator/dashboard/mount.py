@@ -16,12 +16,16 @@ from typing import TYPE_CHECKING, Annotated
 from fastapi import Body, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, RedirectResponse
 from fastapi.staticfiles import StaticFiles
+from starlette.datastructures import MutableHeaders
 from starlette.middleware.gzip import GZipMiddleware
+from starlette.requests import HTTPConnection
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.contracts.errors import RatchetError
 from services.contracts.health import ServiceHealth
+from services.orchestrator.dashboard import browsers
+from services.orchestrator.dashboard.browsers import Browsers, browser_of
 from services.orchestrator.dashboard.feed import Feeds
 from services.orchestrator.dashboard.health_feed import HealthFeed
 from services.orchestrator.dashboard.session import COOKIE, SESSION_SECONDS, Sessions
@@ -53,6 +57,8 @@ _HEADERS = (
 )  # fmt: skip
 """Nothing is fetched from elsewhere, and no other site shows the page in a frame to steal a click on a button."""
 _VERSIONED = (f"{PATH}/_nicegui/", f"{PATH}/assets/")
+_PARTS = (*_VERSIONED, f"{PATH}/_nicegui_ws/", f"{PATH}/session")
+"""Not pages: a browser is given its name with a page."""
 _FOREVER = b"public, max-age=31536000, immutable"
 """Addresses of assets carry a version."""
 
@@ -65,6 +71,7 @@ class Dashboard:
     store: ArtifactStore
     app: FastAPI
     sessions: Sessions
+    browsers: Browsers
     pages: set[Client] = field(default_factory=set["Client"])
 
     @property
@@ -102,7 +109,7 @@ class Dashboard:
 
 def mount_dashboard(app: FastAPI, settings: OrchestratorSettings, store: ArtifactStore) -> None:
     """Serve the dashboard under `/ui/`, and lead there from `/`."""
-    dashboard = Dashboard(settings, store, app, Sessions(settings.token))
+    dashboard = Dashboard(settings, store, app, Sessions(settings.token), Browsers(settings.token))
     app.state.dashboard = dashboard
     shell = _shell()
     app.mount(PATH, _Mounted(shell, dashboard))
@@ -130,7 +137,7 @@ def _shell() -> FastAPI:
     """NiceGUI with our pages and assets. Made once; importing NiceGUI takes a second."""
     from nicegui import core, ui
 
-    from services.orchestrator.dashboard import pages
+    from services.orchestrator.dashboard import pages, sockets
 
     shell = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     shell.mount("/assets", StaticFiles(directory=ASSETS))
@@ -141,8 +148,10 @@ def _shell() -> FastAPI:
         reconnect_timeout=RECONNECT_SECONDS, binding_refresh_interval=None, show_welcome_message=False,
         gzip_middleware_factory=None,
     )  # fmt: skip
+    sockets.guard()
     # NiceGUI lets any site connect (`*`); None is engine.io's own rule: the page's host only.
     core.sio.eio.cors_allowed_origins = None  # pyright: ignore[reportUnknownMemberType]
+    shell.add_middleware(sockets.OwnSockets)
     return shell
 
 
@@ -152,7 +161,7 @@ def _add_session_routes(shell: FastAPI) -> None:
     @shell.post("/session")
     async def begin(request: Request, ticket: Annotated[str, Body(embed=True)]) -> Response:  # pyright: ignore[reportUnusedFunction]
         try:
-            session = dashboard_of(request).sessions.redeem(ticket)
+            session = dashboard_of(request).sessions.redeem(ticket, browser_of(request.scope))
         except RatchetError as error:
             return problem_of(error)
         answer = JSONResponse({"signed_in": True})
@@ -171,7 +180,7 @@ def _add_session_routes(shell: FastAPI) -> None:
 
 
 class _Mounted:
-    """Marks connections with their dashboard, adds headers, and counts them all under one route in the metrics."""
+    """Marks connections with their dashboard and their browser, adds headers, and counts them under one route."""
 
     def __init__(self, shell: FastAPI, dashboard: Dashboard) -> None:
         self._app: ASGIApp = GZipMiddleware(shell, minimum_size=1024, compresslevel=5)
@@ -180,10 +189,18 @@ class _Mounted:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope[_SCOPE_KEY] = self._dashboard
+        known = self._dashboard.browsers
+        cookies = HTTPConnection(scope).cookies
+        browsers.mark(scope, known.of(cookies))
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        versioned = str(scope["path"]).startswith(_VERSIONED)
+        path = str(scope["path"])
+        versioned = path.startswith(_VERSIONED)
+        given: str | None = None
+        if scope["method"] == "GET" and browser_of(scope) is None and not path.startswith(_PARTS):
+            given = known.new()
+            browsers.mark(scope, known.of({browsers.COOKIE: given}))
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -192,6 +209,10 @@ class _Mounted:
                     headers = [(name, value) for name, value in headers if name.lower() != b"cache-control"]
                     headers.append((b"cache-control", _FOREVER))
                 message["headers"] = headers
+                if given is not None:
+                    secure = "; Secure" if scope["scheme"] == "https" else ""
+                    cookie = f"{browsers.COOKIE}={given}; HttpOnly; Path={PATH}; SameSite=lax{secure}"
+                    MutableHeaders(raw=headers).append("set-cookie", cookie)
             await send(message)
 
         try:

@@ -168,7 +168,7 @@ def run_tiles(view: RunView) -> tuple[Tile, ...]:
     if last.pairs is not None:
         made.append(Tile("Pairs", figures.count(last.pairs), f"of {figures.count(last.prompts)} prompts"))
     promoted = sum(1 for record in records if record.decision == "promoted")
-    made.append(Tile("Promoted", f"{promoted} of {len(records) - 1}", f"serving {records[-1].serving}"))
+    made.append(Tile("Promoted", f"{promoted} of {len(records) - 1}", f"incumbent {view.incumbent or figures.NONE}"))
     return tuple(made)
 
 

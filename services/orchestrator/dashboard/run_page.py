@@ -62,7 +62,7 @@ class _RunPage:
         self._finished: list[TrainingPoint] = []
         self._finished_of: int | None = None
         self._arranged = ""
-        self._shown = _history(view)
+        self._shown = history(view)
         html(
             f'<nav class="crumbs" aria-label="Path"><a href="/ui/">Runs</a><span>/</span><span>{view.id}</span></nav>'
         ).classes("early")
@@ -103,9 +103,9 @@ class _RunPage:
         self._actions.update(view)
         self._training.update(self._training_curve())
         self._arrange(view)
-        history = _history(view)
-        if history != self._shown:  # seldom, and the dearest to make
-            self._shown = history
+        known = history(view)
+        if known != self._shown:  # seldom, and the dearest to make
+            self._shown = known
             show(self._tiles, panels.tiles(view))
             show(self._decisions, panels.decisions(view))
             for curve in curves(view):
@@ -152,9 +152,14 @@ class _RunPage:
         return f'<h2>{name}</h2><span class="quiet">{state}</span>'
 
 
-def _history(view: RunView) -> tuple[tuple[int, int], ...]:
-    """Which iterations are decided, and how often each is judged: what curves and decisions are made of."""
-    return tuple((one.iteration, len(one.judgements)) for one in view.iterations if one.record is not None)
+def history(view: RunView) -> tuple[str | None, tuple[tuple[int, int], ...]]:
+    """The incumbent, which a rollback sets back, and which iterations are decided, with how often each is judged.
+
+    It is what tiles, curves and decisions are made of.
+    """
+    return view.incumbent, tuple(
+        (one.iteration, len(one.judgements)) for one in view.iterations if one.record is not None
+    )
 
 
 def _trained(one: IterationView) -> bool:

@@ -6,7 +6,7 @@ import hashlib
 import hmac
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from pydantic import SecretStr
 
@@ -18,66 +18,75 @@ SESSION_SECONDS = 12 * 3600.0
 TICKET_SECONDS = 30.0
 """Between the right token over the page's connection and the browser's request for its cookie."""
 WRONG_TOKENS = 5
-"""Wrong tokens of one address within a window before it has to wait."""
+"""Wrong tokens of one browser within a window before it has to wait."""
+WRONG_TOKENS_OF_ALL = 300
+"""A browser without its cookie is a new one, so all of them together are bounded too; a token takes longer to guess."""
 WINDOW_SECONDS = 60.0
-ADDRESSES_KEPT = 1000
-"""Bounds the memory of the throttle; the oldest address is forgotten first."""
+BROWSERS_KEPT = 1000
+"""Bounds the memory of the throttle; the oldest browser is forgotten first."""
 
 
 class Throttle:
-    """Wrong tokens by address, over a sliding window."""
+    """Wrong tokens by browser and of all, over a sliding window.
+
+    Not by address: behind a container's bridge or a proxy everybody has the same.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._wrong: dict[str, list[float]] = {}
+        self._of_all: list[float] = []
 
-    def check(self, address: str) -> None:
-        """Raises Overloaded while the address has to wait."""
-        recent = self._recent(address)
-        if len(recent) >= WRONG_TOKENS:
-            wait = WINDOW_SECONDS - (self._clock() - recent[-WRONG_TOKENS])
+    def check(self, browser: str) -> None:
+        """Raises Overloaded while the browser has to wait."""
+        self._check(self._recent(self._wrong.get(browser, ())), WRONG_TOKENS, "from this browser")
+        self._check(self._recent(self._of_all), WRONG_TOKENS_OF_ALL, "from all browsers")
+
+    def wrong(self, browser: str) -> None:
+        """Count a wrong token."""
+        now = self._clock()
+        self._of_all = [*self._recent(self._of_all), now][-WRONG_TOKENS_OF_ALL:]
+        self._wrong[browser] = [*self._recent(self._wrong.pop(browser, ())), now]
+        while len(self._wrong) > BROWSERS_KEPT:
+            self._wrong.pop(next(iter(self._wrong)))
+
+    def _check(self, recent: list[float], most: int, whose: str) -> None:
+        if len(recent) >= most:
+            wait = WINDOW_SECONDS - (self._clock() - recent[-most])
             raise Overloaded(
-                f"{WRONG_TOKENS} wrong tokens within {WINDOW_SECONDS:g} s; try again in {max(1.0, wait):.0f} s",
+                f"{most} wrong tokens {whose} within {WINDOW_SECONDS:g} s; try again in {max(1.0, wait):.0f} s",
                 field="token", retry_after_seconds=wait,
             )  # fmt: skip
 
-    def wrong(self, address: str) -> None:
-        """Count a wrong token."""
-        recent = self._recent(address)
-        self._wrong.pop(address, None)
-        self._wrong[address] = [*recent, self._clock()]
-        while len(self._wrong) > ADDRESSES_KEPT:
-            self._wrong.pop(next(iter(self._wrong)))
-
-    def _recent(self, address: str) -> list[float]:
-        return [at for at in self._wrong.get(address, ()) if self._clock() - at < WINDOW_SECONDS]
+    def _recent(self, times: Sequence[float]) -> list[float]:
+        return [at for at in times if self._clock() - at < WINDOW_SECONDS]
 
 
 class Sessions:
-    """Signed-in sessions: `id.expiry.signature`, signed with a key that is derived from the token.
+    """Signed-in sessions: `id.expiry.signature`, signed with a key of this process and of the token.
 
-    So a session outlives a restart of the orchestrator, and a new token ends them all.
+    So a restart of the orchestrator ends them all, and a session that was signed out cannot come back with it.
     """
 
     def __init__(self, token: SecretStr, clock: Callable[[], float] = time.time) -> None:
         self._token = token
         self._clock = clock
-        self._key = hmac.digest(token.get_secret_value().encode(), b"ratchet dashboard session", hashlib.sha256)
-        self._tickets: dict[str, tuple[str, float]] = {}
+        self._key = hmac.digest(token.get_secret_value().encode(), secrets.token_bytes(32), hashlib.sha256)
+        self._tickets: dict[str, tuple[str, str, float]] = {}
         self._ended: dict[str, float] = {}
         self.throttle = Throttle()
 
-    def sign_in(self, given: str, address: str) -> str:
+    def sign_in(self, given: str, browser: str) -> str:
         """A new session for the right token.
 
         Raises:
             Unauthorized: it is another token.
-            Overloaded: too many wrong ones came from this address.
+            Overloaded: too many wrong ones came from this browser, or from all.
         """
-        self.throttle.check(address)
+        self.throttle.check(browser)
         expected = self._token.get_secret_value().encode()
         if not hmac.compare_digest(given.strip().encode(), expected):
-            self.throttle.wrong(address)
+            self.throttle.wrong(browser)
             raise Unauthorized(
                 "this is not the stack's token; it is RATCHET_TOKEN of the services ('ratchet up' keeps it in "
                 ".ratchet/token)",
@@ -101,19 +110,21 @@ class Sessions:
             body = session.rpartition(".")[0]
             self._ended[body] = float(body.rpartition(".")[2])
 
-    def ticket(self, session: str) -> str:
-        """Names the session once, so that the browser can fetch it as a cookie that no script reads."""
+    def ticket(self, session: str, browser: str) -> str:
+        """Names the session once, so that the browser can fetch it as a cookie that no script reads. No other can."""
         now = self._clock()
-        self._tickets = {name: kept for name, kept in self._tickets.items() if kept[1] > now}
+        self._tickets = {name: kept for name, kept in self._tickets.items() if kept[2] > now}
         name = secrets.token_urlsafe(24)
-        self._tickets[name] = (session, now + TICKET_SECONDS)
+        self._tickets[name] = (session, browser, now + TICKET_SECONDS)
         return name
 
-    def redeem(self, ticket: str) -> str:
-        """The session a ticket names, once. Raises Unauthorized."""
-        session, until = self._tickets.pop(ticket, ("", 0.0))
+    def redeem(self, ticket: str, browser: str | None) -> str:
+        """The session a ticket names, once, for the browser it was made for. Raises Unauthorized."""
+        session, owner, until = self._tickets.pop(ticket, ("", "", 0.0))
         if until <= self._clock():
             raise Unauthorized("the sign-in took too long; sign in again", field="ticket")
+        if browser is None or browser != owner:
+            raise Unauthorized("this sign-in belongs to another browser; sign in again", field="ticket")
         return session
 
     @staticmethod

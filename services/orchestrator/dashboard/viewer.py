@@ -10,6 +10,7 @@ from fastapi import Request
 from nicegui import Client, ui
 
 from services.contracts.errors import RatchetError, Unauthorized
+from services.orchestrator.dashboard.browsers import browser_of
 from services.orchestrator.dashboard.feed import Feed
 from services.orchestrator.dashboard.mount import ASSETS, Dashboard, dashboard_of
 from services.orchestrator.dashboard.session import Sessions
@@ -33,6 +34,7 @@ class Viewer:
         self.dashboard.pages.add(self.client)
         self.client.on_delete(lambda: self.dashboard.pages.discard(self.client))  # pyright: ignore[reportUnknownMemberType]
         self.theme = request.cookies.get("ratchet_theme", "auto")
+        self._browser = browser_of(request.scope) or ""
         self._session = Sessions.of(request.cookies)
         self.stale: Callable[[RatchetError | None], None] = lambda _: None
         self._on_sign_in: list[Callable[[], None]] = []
@@ -54,9 +56,9 @@ class Viewer:
     def sign_in(self, token: str) -> None:
         """Check the token and have the browser fetch its cookie. Raises Unauthorized, Overloaded."""
         sessions = self.dashboard.sessions
-        self._session = sessions.sign_in(token, self.client.ip)
+        self._session = sessions.sign_in(token, self._browser)
         log.info("dashboard_sign_in", address=self.client.ip)
-        ticket = sessions.ticket(self._session)
+        ticket = sessions.ticket(self._session, self._browser)
         self.client.run_javascript(
             f"""fetch("/ui/session", {{method: "POST", headers: {{"Content-Type": "application/json"}},
             body: JSON.stringify({{ticket: "{ticket}"}})}})"""
@@ -79,7 +81,15 @@ class Viewer:
             if not self.client.is_deleted:
                 with self.client:
                     self.stale(feed.error)
-                    update()
+                    try:
+                        update()
+                    except Exception as error:
+                        self.stale(
+                            RatchetError(
+                                f"This page cannot show what there is now: {error!r}. Load it anew; the log says more."
+                            )
+                        )
+                        raise  # the feed logs it, and goes on without this page
 
         self.client.on_delete(feed.subscribe(refresh))  # pyright: ignore[reportUnknownMemberType]
 

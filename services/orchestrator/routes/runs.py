@@ -22,7 +22,11 @@ def controlling() -> APIRouter:
 
     @router.post("", status_code=201, summary="Create a run and start it", responses=problems(409))
     async def create(body: RunRequest, runs: Runs) -> RunCreated:
-        """The same id with the same recipe is one run, so the request may be repeated; with another recipe: 409."""
+        """The same id with the same recipe is one run, so the request may be repeated; with another recipe: 409.
+
+        422 also when `recipe.dpo.report_to` names a tracker that the trainer does not have. When the trainer does not
+        answer, the run is created and `warnings` says that this is not known.
+        """
         return await runs.create(body)
 
     @router.post("/{run}/iterations", summary="Trigger the next iterations", responses=problems(404, 409))
