@@ -13,6 +13,9 @@ from services.contracts.errors import Unauthorized
 
 bearer_scheme = HTTPBearer(auto_error=False, description="The stack's control token (RATCHET_TOKEN).")
 
+TOKEN_PLACE = "RATCHET_TOKEN of the stack: in .env with docker compose, in .ratchet/token with 'ratchet up'"
+"""Where whoever started the stack finds the token."""
+
 
 def require_token(token: SecretStr) -> Callable[[Request], None]:
     """Dependency for control routes: `dependencies=[Depends(require_token(settings.token))]`.
@@ -26,8 +29,7 @@ def require_token(token: SecretStr) -> Callable[[Request], None]:
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not given:
             raise Unauthorized(
-                "this route needs the header 'Authorization: Bearer <token>'; the token is RATCHET_TOKEN of the stack "
-                "('ratchet up' keeps it in .ratchet/token)",
+                f"this route needs the header 'Authorization: Bearer <token>'; the token is {TOKEN_PLACE}",
                 field="authorization",
             )
         if not hmac.compare_digest(given.strip().encode(), expected):

@@ -13,6 +13,7 @@ from services.contracts.errors import InvalidInput, RatchetError
 from services.contracts.runs import IterationsRequest, RollbackRequest, RunStatus, RunView
 from services.orchestrator.dashboard.layout import button, html
 from services.orchestrator.dashboard.viewer import Viewer
+from services.platform.auth import TOKEN_PLACE
 
 MOST_ITERATIONS = 1000
 """As `IterationsRequest` allows."""
@@ -212,7 +213,7 @@ async def ask_token(viewer: Viewer, then: Callable[[], Awaitable[None]] | None) 
         if then is not None:
             await then()
         return
-    about = "Reading is open; control needs the stack's token (RATCHET_TOKEN; 'ratchet up' keeps it in .ratchet/token)."
+    about = f"Reading is open; control needs the token, {TOKEN_PLACE}."
     with _dialog(viewer, "Sign in", about) as dialog:
         token = ui.input("Token").props("outlined dense type=password autocomplete=current-password autofocus")
         token.classes("ask-token")

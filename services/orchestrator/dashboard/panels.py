@@ -138,9 +138,13 @@ def run_tiles(view: RunView) -> tuple[Tile, ...]:
         return ()
     first, last = records[0].metrics, records[-1].metrics
     more = len(records) > 1
+    # After a rejection these are not the figures of what is served.
+    whose = f" (iteration {records[-1].iteration}, rejected)" if records[-1].decision == "rejected" else ""
     made: list[Tile] = [
         Tile(
-            "Held-out reward", figures.number(last.proxy_reward), *_against(first.proxy_reward, last.proxy_reward, more)
+            f"Held-out reward{whose}",
+            figures.number(last.proxy_reward),
+            *_against(first.proxy_reward, last.proxy_reward, more),
         )
     ]
     judged = next((one for one in reversed(decided) if one.judgements), None)
@@ -153,7 +157,8 @@ def run_tiles(view: RunView) -> tuple[Tile, ...]:
         )
         made.append(
             Tile(f"Judge {judged.judgements[0].judge}", figures.percent(verdict.win_rate),
-                 f"{interval}vs {verdict.against}")
+                 f"{interval}vs {verdict.against}"
+                 + (f", iteration {judged.iteration}" if judged is not decided[-1] else ""))
         )  # fmt: skip
     if more:
         made.append(Tile("Win rate by reward", figures.percent(last.win_rate_vs_reference), "vs the reference"))

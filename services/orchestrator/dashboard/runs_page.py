@@ -14,7 +14,9 @@ from services.orchestrator.dashboard.layout import html, not_found, page
 
 EMPTY = """
 <div class="card empty"><h2>No run yet</h2>
-<p>Start one from the command line; it appears here by itself.</p>
+<p>Start one; it appears here by itself. The tiny world trains its models first, which takes some minutes:</p>
+<pre>docker compose run --rm tiny-world</pre>
+<p>Your own models and prompts, from the command line:</p>
 <pre>ratchet run recipes/tiny-cpu.toml --policy ./my-sft --reward-model ./my-reward-model \\
             --prompts prompts.jsonl --heldout heldout.jsonl --iterations 3 --id my-run</pre>
 <p class="quiet">or over HTTP: <code>POST /v1/runs</code>, described at <a href="/docs">/docs</a></p></div>

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pydantic import SecretStr
 
 from services.contracts.errors import Overloaded, Unauthorized
+from services.platform.auth import TOKEN_PLACE
 
 COOKIE = "ratchet_session"
 SESSION_SECONDS = 12 * 3600.0
@@ -88,8 +89,7 @@ class Sessions:
         if not hmac.compare_digest(given.strip().encode(), expected):
             self.throttle.wrong(browser)
             raise Unauthorized(
-                "this is not the stack's token; it is RATCHET_TOKEN of the services ('ratchet up' keeps it in "
-                ".ratchet/token)",
+                f"this is not the stack's token; it is {TOKEN_PLACE}",
                 field="token",
             )
         body = f"{secrets.token_urlsafe(16)}.{self._clock() + SESSION_SECONDS:.0f}"
