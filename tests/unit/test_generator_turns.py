@@ -361,11 +361,18 @@ async def test_a_holder_that_went_away_while_the_policy_changed_gets_no_lease(ga
         before, away = away, True  # here when it asks, gone when the change is over
         return before
 
-    put = asyncio.create_task(gateway.put("b"))
+    gateway.vllm.hold = hold = asyncio.Event()
+    rollouts = asyncio.create_task(gateway.rollouts("models/a", prompts(1)))
+    await eventually(lambda: gateway.vllm.running > 0)
+    put = asyncio.create_task(gateway.put("b"))  # waits for the rollout
     await eventually(lambda: gateway.policy.changing)
     turns = Turns(make_settings(gateway.store, generator_sleep=True), gateway.policy)
+    lease = asyncio.create_task(turns.lend(LeaseRequest(holder="trainer", seconds=60), gone))
+    await eventually(lambda: away)
+    hold.set()
     with pytest.raises(Conflict, match="went away"):
-        await turns.lend(LeaseRequest(holder="trainer", seconds=60), gone)
+        await lease
+    assert lines_of(await rollouts)[0].rollout is not None
     assert (await put).json()["version"] == "models/b"
     assert (await gateway.info()).lease is None
     assert "sleep" not in gateway.vllm.calls
