@@ -60,12 +60,12 @@ def find_notes() -> list[str]:
         )
     if find_spec("torch") and not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
         notes.append(
-            "no C++ compiler: vLLM on a CPU compiles parts of itself when the first policy is proven, and fails without "
+            "no C++ compiler: vLLM on a CPU compiles parts of itself when the first policy is proven and fails without "
             "one (the generator, make demo, the end-to-end tests). Remedy: apt-get install g++"
         )
     elif find_spec("torch") and not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
         notes.append(
-            "Python.h is missing, which vLLM on a CPU needs when it compiles parts of itself (the generator, make demo, "
+            "Python.h is missing, and vLLM on a CPU needs it when it compiles itself (the generator, make demo, "
             "the end-to-end tests). Remedy: apt-get install python3.11-dev"
         )
     return notes
