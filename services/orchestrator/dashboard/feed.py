@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -29,7 +30,7 @@ LINGER_SECONDS = 5.0
 Callback = Callable[[], None]
 
 
-class Feed:
+class Feed(ABC):
     """Something that is looked at by any number of pages and refreshed while there are any.
 
     Subclasses say how to refresh (`look`) and what else goes on meanwhile (`follow`).
@@ -80,13 +81,13 @@ class Feed:
             task.cancel()
         self._tasks = []
 
+    @abstractmethod
     async def look(self) -> None:
         """Bring what is shown up to date. May raise RatchetError, which is shown until the next look."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def follow(self) -> None:
         """Call `change` whenever something happens, for ever."""
-        raise NotImplementedError
 
     def _drop(self, callback: Callback) -> None:
         self._callbacks.discard(callback)
