@@ -15,12 +15,11 @@ import pytest
 
 from tests.compose.conftest import Images
 from tests.compose.engine import ROOT, TAG
-from tests.fixtures.doc_commands import blocks, script
+from tests.fixtures.doc_commands import check_blocks
 
 pytestmark = pytest.mark.timeout(1500)
 
 DOWN_SECONDS = 180
-KEPT_CHARACTERS = 6000
 GIVEN = ("Makefile", "scripts", "services", "deploy")
 SMALL = 'services: { tiny-world: { command: ["--small", "--iterations", "2"] } }\n'
 """The command of the README without an option takes minutes; with these it takes one, and does the same."""
@@ -54,14 +53,4 @@ def checkout(images: Images, tmp_path: Path) -> Iterator[Checkout]:
 
 
 def test_every_command_for_a_stack_of_containers_works_as_it_stands(checkout: Checkout) -> None:
-    found = blocks("compose")
-    output = checkout.folder / "output.txt"
-    with output.open("w") as sink:
-        ended = subprocess.run(
-            ["bash", "-c", script(found)], cwd=checkout.folder, env=checkout.environment, stdin=subprocess.DEVNULL,
-            stdout=sink, stderr=subprocess.STDOUT, check=False,
-        )  # fmt: skip
-    said = output.read_text()
-    begun = re.findall(r"^::: (\S+)$", said, re.MULTILINE)
-    assert ended.returncode == 0, f"{begun[-1:]} ended with {ended.returncode}:\n{said[-KEPT_CHARACTERS:]}"
-    assert begun == [block.where for block in found]
+    check_blocks("compose", checkout.folder, checkout.environment)

@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.fixtures.doc_commands import ROOT, blocks, script
+from tests.fixtures.doc_commands import ROOT, check_blocks
 
 pytestmark = pytest.mark.timeout(1800)  # 3 minutes on an idle machine; every job waits for imports on a busy one
 
 STOP_SECONDS = 120
-KEPT_CHARACTERS = 6000
 GIVEN = ("recipes", "examples", "services", "ratchet", "docs", "scripts", "deploy", "Makefile", "pyproject.toml")
 """What of a checkout the commands may name; the rest of the folder is theirs."""
 
@@ -53,15 +52,5 @@ def environment(home: Path) -> dict[str, str]:
 
 
 def test_every_command_for_a_local_stack_works_as_it_stands(checkout: Path) -> None:
-    found = blocks("local")
-    output = checkout / "output.txt"
-    with output.open("w") as sink:
-        ended = subprocess.run(
-            ["bash", "-c", script(found)], cwd=checkout, env=environment(checkout), stdin=subprocess.DEVNULL,
-            stdout=sink, stderr=subprocess.STDOUT, check=False,
-        )  # fmt: skip
-    said = output.read_text()
-    begun = re.findall(r"^::: (\S+)$", said, re.MULTILINE)
-    assert ended.returncode == 0, f"{begun[-1]} ended with {ended.returncode}:\n{said[-KEPT_CHARACTERS:]}"
-    assert begun == [block.where for block in found]
+    check_blocks("local", checkout, environment(checkout))
     assert not (checkout / ".ratchet" / "stack.json").exists(), "the last block stops the stack"
